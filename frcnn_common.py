@@ -63,7 +63,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 TINY_IMAGE_SIZE = 128  # input of the laptop configuration, pixels
 TINY_BATCH = 8
-TINY_STEPS = 600
+TINY_STEPS = 500
 
 # Statistics of ImageNet's RGB channels on the 0..1 scale: what published backbones were trained with.
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # [3, 1, 1]
@@ -89,9 +89,15 @@ HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
 
 # Each symbol of the embedded scenes stands for the COCO category that it depicts.
 GLYPHS = {
-    "✈": "airplane", "☂": "umbrella", "✂": "scissors", "♞": "horse",
-    "⌨": "keyboard", "☕": "cup", "🐱": "cat", "☎": "cell phone",
-}  # fmt: skip
+    "✈": "airplane",
+    "☂": "umbrella",
+    "✂": "scissors",
+    "♞": "horse",
+    "⌨": "keyboard",
+    "☕": "cup",
+    "🐱": "cat",
+    "☎": "cell phone",
+}
 GLYPH_SCENES = {"train": 20_000, "val": 1_000}  # scenes of one epoch
 GLYPH_FIRST_SEED = {"train": 0, "val": 1_000_000_000}  # the two splits never share a seed
 
@@ -282,7 +288,7 @@ def _glyph_masks(height: int = 256) -> tuple[tuple[int, PIL.Image.Image], ...]:
 
 
 def _place_glyph(rng: np.random.Generator, mask: PIL.Image.Image, size: int, taken: list) -> tuple | None:
-    """Scale, turn and place one mask where it overlaps ``taken`` boxes little: (mask, box), or None if it fits nowhere."""
+    """Scale, turn and place one mask where it overlaps ``taken`` boxes little: (mask, box), or None: no room."""
     shortest, longest, most_degrees, most_overlap, tries = 0.18, 0.45, 25.0, 0.1, 10
     scale = rng.uniform(shortest, longest) * size / max(mask.size)
     mask = mask.resize((max(1, round(mask.width * scale)), max(1, round(mask.height * scale))), reducing_gap=2.0)
@@ -292,10 +298,11 @@ def _place_glyph(rng: np.random.Generator, mask: PIL.Image.Image, size: int, tak
     for _ in range(tries):
         x, y = int(rng.integers(0, size - width + 1)), int(rng.integers(0, size - height + 1))
         shared = [
-            max(0, min(x + width, x2) - max(x, x1)) * max(0, min(y + height, y2) - max(y, y1))
+            max(0, min(x + width, x2) - max(x, x1))
+            * max(0, min(y + height, y2) - max(y, y1))
             / min(width * height, (x2 - x1) * (y2 - y1))
             for x1, y1, x2, y2 in taken
-        ]  # fmt: skip
+        ]
         if max(shared, default=0) <= most_overlap:
             return mask, (x, y, x + width, y + height)
     return None
@@ -390,8 +397,8 @@ def detect_bbox_format(rows: Sequence[dict]) -> str:
     best = min(broken, key=broken.get)  # corners where both fit, as on the Hub
     if broken[best] > tolerated * count:
         raise ValueError(
-            f"objects.bbox is neither corners nor corner and size: of {count} boxes {broken['xyxy']} contradict (x1, y1, x2, y2)"
-            f" and {broken['xywh']} contradict (x, y, width, height); name the right one with bbox_format"
+            f"objects.bbox is neither corners nor corner and size: of {count} boxes {broken['xyxy']} contradict"
+            f" (x1, y1, x2, y2) and {broken['xywh']} contradict (x, y, width, height); choose with bbox_format"
         )
     return best
 
@@ -480,7 +487,9 @@ class COCOStreamDataset(IterableDataset):
     shuffle_buffer : int
         Rows in the stream's shuffle buffer; 0 keeps the order.
     seed : int
-        Of the shuffle. `set_epoch` changes the order from epoch to epoch.
+        Of shuffle and flips. `set_epoch` changes both from epoch to epoch.
+    flip : float
+        Share of the images that are mirrored left to right, 0..1.
     bbox_format : {"xyxy", "xywh"}, optional
         How ``objects.bbox`` is meant. None: decided from the first rows and printed.
 
@@ -489,8 +498,7 @@ class COCOStreamDataset(IterableDataset):
     image : Tensor float32 ``[3, S, S]``
         ImageNet-normalised.
     target : dict
-        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80, ``area`` float32 ``[K]``
-        in square pixels of the original (COCO's, of the segmentation), ``image_id`` int, ``orig_size`` (height, width),
+        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80, ``area`` ``[K]`` in square pixels of the original (COCO's, of the segmentation), ``image_id`` int, ``orig_size`` (height, width),
         ``position`` (reader, rows that it has read of this epoch): where to resume.
     """
 
@@ -502,16 +510,17 @@ class COCOStreamDataset(IterableDataset):
         image_size: int = IMG_SIZE,
         shuffle_buffer: int = 0,
         seed: int = 0,
+        flip: float = 0.0,
         bbox_format: str | None = None,
     ) -> None:
         super().__init__()
         split = {"validation": "val"}.get(split, split)
         if split not in GLYPH_SCENES:
             raise ValueError(f"split is {split!r}; there are 'train' and 'val'")
-        if max_samples is not None and max_samples < 1 or image_size < 1:
+        if image_size < 1 or (max_samples is not None and max_samples < 1):
             raise ValueError(f"max_samples and image_size must be at least 1, got {max_samples} and {image_size}")
         self.split, self.max_samples, self.image_size = split, max_samples, image_size
-        self.shuffle_buffer, self.seed, self.epoch = shuffle_buffer, seed, 0
+        self.shuffle_buffer, self.seed, self.flip, self.epoch = shuffle_buffer, seed, flip, 0
         self.skipped = 0  # rows that could not be used, in this process
         self._resume: dict = {}
         self.source = str(source or os.environ.get("FRCNN_DATA") or self._hub_or_glyphs())
@@ -610,11 +619,15 @@ class COCOStreamDataset(IterableDataset):
         boxes = boxes * (self.image_size / torch.tensor(size * 2))
         valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & raw.isfinite().all(1)  # [K] no height, no width: log(0)
         area = torch.tensor(row["objects"]["area"], dtype=torch.float32)  # [K]
+        image_id = int(row["image_id"])
+        if np.random.default_rng((self.seed, self.epoch, abs(image_id))).random() < self.flip:
+            image = PIL.ImageOps.mirror(image)
+            boxes[:, [0, 2]] = self.image_size - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
         return image_to_tensor(image), {
             "boxes": boxes[valid],
             "labels": labels[valid],
             "area": area[valid],
-            "image_id": int(row["image_id"]),
+            "image_id": image_id,
             "orig_size": size[::-1],
         }
 
@@ -751,6 +764,10 @@ class ResNet50(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, Bottleneck) and isinstance(module.bn3, nn.BatchNorm2d):
+                nn.init.zeros_(
+                    module.bn3.weight
+                )  # every block begins as its shortcut (Goyal et al., 2017, section 5.1)
         self.frozen, self.checkpointing = self.stages()[:frozen_stages], checkpointing
         for stage in self.frozen:
             stage.requires_grad_(False)
@@ -1239,7 +1256,9 @@ def check_targets(images: Tensor, targets: Sequence[dict] | None, num_classes: i
         Missing targets, a wrong shape, a label outside 1..``num_classes - 1``, a box that is not finite or has no area.
     """
     if targets is None or len(targets) != len(images):
-        raise ValueError(f"training needs one target for each of the {len(images)} images, got {targets and len(targets)}")
+        raise ValueError(
+            f"training needs one target for each of the {len(images)} images, got {targets and len(targets)}"
+        )
     for i, target in enumerate(targets):
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
@@ -1264,8 +1283,8 @@ class FasterRCNN(nn.Module):
     num_classes : int
         With background.
     backbone, fpn, rpn, roi_align, box_head : Module, optional
-        The parts. Default: ResNet-50 with frozen batch norm, stem and layers 1–3 frozen (load weights into it!), and the
-        sizes of the FPN paper.
+        The parts. Default: the sizes of the FPN paper on a ResNet-50 with frozen batch norm whose stem and layers 1–3
+        do not learn: load weights into it.
     box_weights : four numbers
         Factors on the box head's regression targets (see `encode_boxes`).
     max_log_scale : float
@@ -1418,19 +1437,19 @@ class FasterRCNN(nn.Module):
 
 def tiny_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     """The same detector for a laptop's CPU: 128-px input, narrow, every layer trained from random weights."""
-    width, channels, fc_dim, k0 = 16, 64, 256, 6
+    width, channels, fc_dim, k0 = 16, 64, 256, 5  # k0: a 112-px box is a large one here
     backbone = ResNet50(width)
-    anchors = AnchorGenerator(anchor_sizes=(16, 32, 64, 96, 128))
-    rpn = RegionProposalNetwork(RPNHead(channels), anchors, pre_nms=300, post_nms=(200, 100), min_sz=4)
+    anchors = AnchorGenerator(anchor_sizes=(16, 32, 64, 128, 256))
+    rpn = RegionProposalNetwork(RPNHead(channels), anchors, pre_nms=300, post_nms=(200, 100), min_sz=2)
     roi_align = ROIAlign(k0=k0)
     box_head = TwoMLPHead(channels * roi_align.out_size**2, fc_dim)
     model = FasterRCNN(num_classes, backbone, FPN(backbone.out_channels, channels), rpn, roi_align, box_head)
-    model.ROI_BATCH, model.name = 64, "tiny"
+    model.ROI_BATCH, model.ROI_POS_FRAC, model.name = 64, 0.5, "tiny"
     return model
 
 
 def full_faster_rcnn() -> FasterRCNN:
-    """ResNet-50 and FPN in the paper's size with every layer learning from random weights, and so with live batch norm."""
+    """The paper's size with every layer learning from random weights, and therefore with live batch norm."""
     return FasterRCNN(backbone=ResNet50())
 
 
@@ -1519,7 +1538,7 @@ def train(
     clip_norm : float
         Longest gradient, over all parameters together.
     amp : {"off", "bf16", "fp16"}
-        Mixed precision of convolutions and matrices; boxes and losses stay float32. fp16 needs CUDA and scales the loss.
+        Mixed precision of convolutions and matrices; boxes and losses stay float32. fp16 scales the loss, on CUDA.
     checkpoint_path, save_every
         Where and how often (steps) to save; the end is always saved.
     resume : bool
@@ -1542,7 +1561,9 @@ def train(
         A loss that is not finite; names the step, the losses and the images of the batch.
     """
     if steps < 1 or save_every < 1 or amp not in ("off", "bf16", "fp16"):
-        raise ValueError(f"steps and save_every must be at least 1 and amp off, bf16 or fp16, got {steps}, {save_every}, {amp}")
+        raise ValueError(
+            f"steps and save_every must be at least 1 and amp off, bf16 or fp16, got {steps}, {save_every}, {amp}"
+        )
     device = next(model.parameters()).device
     if amp == "fp16" and device.type != "cuda":
         raise ValueError("amp fp16 needs CUDA; on this device there is bf16")
@@ -1682,7 +1703,9 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         if weights[key].shape != mine[key].shape
     ]
     if differing:
-        raise ValueError(f"{path} is of another model ({name}); {len(differing)} weights differ, {sorted(differing)[0]}")
+        raise ValueError(
+            f"{path} is of another model ({name}); {len(differing)} weights differ, {sorted(differing)[0]}"
+        )
     model.load_state_dict(weights)
     return model, state
 
@@ -1712,25 +1735,25 @@ COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100
 
 
 def _annotations(images: Sequence[dict], **columns: list[list]) -> list[dict]:
-    """COCO's records for the boxes of ``images``; ``columns`` hold more fields, a list over images of lists over boxes."""
+    """COCO's records for the boxes of ``images``; ``columns`` hold further fields, image by image, box by box."""
     records = []
     for i, image in enumerate(images):
-        for k, ((x1, y1, x2, y2), label) in enumerate(zip(image["boxes"].tolist(), image["labels"].tolist(), strict=True)):
+        for k, ((x1, y1, x2, y2), label) in enumerate(
+            zip(image["boxes"].tolist(), image["labels"].tolist(), strict=True)
+        ):
             record = {"image_id": image["image_id"], "category_id": COCO_CATEGORY_IDS[label]}
             record |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "id": len(records) + 1}  # pycocotools takes id 0 for "none"
             records.append(record | {name: column[i][k] for name, column in columns.items()})
     return records
 
 
-def coco_evaluation(
-    truth: Sequence[dict], results: Sequence[dict], annotations: str | Path | None = None
-) -> COCOeval:
+def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations: str | Path | None = None) -> COCOeval:
     """COCO's evaluation of detections against ground truth, both in pixels of the original images.
 
     Parameters
     ----------
     truth : sequence of dict
-        For each image ``image_id``, ``orig_size`` (height, width), ``boxes`` ``[K, 4]``, ``labels`` and ``area`` ``[K]``.
+        For each image ``image_id``, ``orig_size`` (height, width), ``boxes`` ``[K, 4]``, ``labels``, ``area`` ``[K]``.
     results : sequence of dict
         For the same images ``boxes`` ``[D, 4]``, ``scores`` and ``labels`` ``[D]``.
     annotations : path, optional
@@ -1739,7 +1762,7 @@ def coco_evaluation(
     Returns
     -------
     pycocotools.cocoeval.COCOeval
-        Accumulated: ``.stats`` holds the twelve figures in the order of `COCO_FIGURES`, ``.eval["precision"]`` the curves.
+        Accumulated: ``.stats`` has the twelve figures in the order of `COCO_FIGURES`, ``.eval["precision"]`` the curves.
     """
     images = [{"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]} for t in truth]
     categories = [{"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)]
@@ -1858,9 +1881,16 @@ def draw_boxes(
         words += [f"{score:.2f}"] if score is not None else []
         if words:
             ax.text(
-                x1, y1, " ".join(words), fontsize=fontsize, color="black", va="bottom", ha="left", clip_on=True,
+                x1,
+                y1,
+                " ".join(words),
+                fontsize=fontsize,
+                color="black",
+                va="bottom",
+                ha="left",
+                clip_on=True,
                 bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.0},
-            )  # fmt: skip
+            )
 
 
 def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
@@ -1878,7 +1908,7 @@ TRAIN_DEFAULTS = {
     "tiny": {"image_size": TINY_IMAGE_SIZE, "steps": TINY_STEPS, "batch": TINY_BATCH, "recipe": one_cycle},
     "full": {"image_size": IMG_SIZE, "steps": 12 * 118_287 // 16, "batch": 16, "recipe": step_decay},
 }
-_SHUFFLE_BUFFER = 1000  # rows; glyph scenes are independent of each other already
+_SHUFFLE_BUFFER, _FLIP = 1000, 0.5  # rows; share of mirrored images. Of a whole data set
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1900,7 +1930,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     train_parser.add_argument("--model", choices=sorted(MODELS), required=True)
     train_parser.add_argument("--steps", type=_positive, help="of the whole run (default: by model)")
     train_parser.add_argument("--batch", type=_positive, help="images a step (default: by model)")
-    train_parser.add_argument("--image-size", type=_positive, help="side of the square input, pixels (default: by model)")
+    train_parser.add_argument(
+        "--image-size", type=_positive, help="side of the square input, pixels (default: by model)"
+    )
     train_parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
     train_parser.add_argument("--seed", type=int, default=0)
     train_parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
@@ -1910,8 +1942,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     evaluate_parser.add_argument("--split", choices=("train", "val"), default="val")
     evaluate_parser.add_argument("--annotations", type=Path, help="COCO's own instances_val2017.json")
     for sub in (train_parser, evaluate_parser):
-        sub.add_argument("--source", help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)")
-        sub.add_argument("--max-samples", type=_positive, help="use only the first so many images")
+        sub.add_argument(
+            "--source", help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
+        )
+        sub.add_argument("--max-samples", type=_positive, help="use only the first so many images, in their order")
         sub.add_argument("--checkpoint", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -1924,27 +1958,34 @@ def _train_command(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     model = MODELS[args.model]().to(DEVICE)
     dataset = COCOStreamDataset("train", args.max_samples, args.source, seed=args.seed, **settings)
-    if dataset.source != "glyphs":
-        dataset.shuffle_buffer = _SHUFFLE_BUFFER
-    loader = DataLoader(dataset, batch, num_workers=args.workers, collate_fn=frcnn_collate_fn, pin_memory=DEVICE.type == "cuda")
+    if dataset.source != "glyphs" and args.max_samples is None:  # scenes are independent; a chosen few keep their order
+        dataset.shuffle_buffer, dataset.flip = _SHUFFLE_BUFFER, _FLIP
+    loader = DataLoader(
+        dataset, batch, num_workers=args.workers, collate_fn=frcnn_collate_fn, pin_memory=DEVICE.type == "cuda"
+    )
     run = settings | {
-        "model": args.model, "source": dataset.source, "max_samples": args.max_samples, "seed": args.seed,
+        "model": args.model,
+        "source": dataset.source,
+        "max_samples": args.max_samples,
+        "seed": args.seed,
         "workers": args.workers,
-    }  # fmt: skip
-    started, steps_before = time.perf_counter(), None
-
-    def after_step(step: int, history: dict) -> None:
-        nonlocal steps_before
-        steps_before = step - 1 if steps_before is None else steps_before
-
+    }
+    started, done = time.perf_counter(), []
     history = train(
-        model, loader, steps, recipe, amp=args.amp, checkpoint_path=args.checkpoint, save_every=args.save_every,
-        resume=args.resume, run=run, after_step=after_step,
-    )  # fmt: skip
+        model,
+        loader,
+        steps,
+        recipe,
+        amp=args.amp,
+        checkpoint_path=args.checkpoint,
+        save_every=args.save_every,
+        resume=args.resume,
+        run=run,
+        after_step=lambda step, history: done.append(step),
+    )
     seconds = time.perf_counter() - started
-    steps_done = steps - (steps if steps_before is None else steps_before)
     losses = {name: history[name][-1] for name in ("loss", *LOSS_NAMES)}
-    return {"steps": steps, "seconds": seconds, "images_per_second": steps_done * batch / seconds, "losses": losses}
+    return {"steps": steps, "seconds": seconds, "images_per_second": len(done) * batch / seconds, "losses": losses}
 
 
 def _evaluate_command(args: argparse.Namespace) -> dict:

@@ -76,20 +76,22 @@ def torchvision_twin() -> FasterRCNN:
         rpn_post_nms_top_n_train=post[0],
         rpn_post_nms_top_n_test=post[1],
         box_batch_size_per_image=ours.ROI_BATCH,
+        box_positive_fraction=ours.ROI_POS_FRAC,
         box_head=TwoMLPHead(channels * 49, fc_dim),
         box_predictor=FastRCNNPredictor(fc_dim, frcnn.NUM_CLASSES),
     )
 
 
+NAMES = {
+    "loss_objectness": "rpn_cls",
+    "loss_rpn_box_reg": "rpn_box",
+    "loss_classifier": "roi_cls",
+    "loss_box_reg": "roi_box",
+}
+
+
 class TorchvisionInOurShape(nn.Module):
     """Lets `frcnn_common.train` and `evaluate` drive the twin: same loop, same names of losses."""
-
-    names = {
-        "loss_objectness": "rpn_cls",
-        "loss_rpn_box_reg": "rpn_box",
-        "loss_classifier": "roi_cls",
-        "loss_box_reg": "roi_box",
-    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class TorchvisionInOurShape(nn.Module):
 
     def forward(self, images: torch.Tensor, targets: list[dict] | None = None):
         out = self.detector(list(images), targets)
-        return {self.names[k]: v for k, v in out.items()} if self.training else (out, None)
+        return {NAMES[k]: v for k, v in out.items()} if self.training else (out, None)
 
 
 def timed_run(model: nn.Module, steps: int, val_scenes: int) -> dict[str, float]:
@@ -136,7 +138,9 @@ def main() -> None:
             print(f"{name}: {key} median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}")
     if theirs:
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
-        print(f"time, ours / torchvision: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+        print(
+            f"time, ours / torchvision: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
+        )
 
 
 if __name__ == "__main__":
