@@ -498,7 +498,9 @@ class COCOStreamDataset(IterableDataset):
     image : Tensor float32 ``[3, S, S]``
         ImageNet-normalised.
     target : dict
-        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80, ``area`` ``[K]`` in square pixels of the original (COCO's, of the segmentation), ``image_id`` int, ``orig_size`` (height, width),
+        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80,
+        ``area`` float32 ``[K]`` in square pixels of the original (COCO's, of the segmentation),
+        ``image_id`` int, ``orig_size`` (height, width),
         ``position`` (reader, rows that it has read of this epoch): where to resume.
     """
 
@@ -1753,7 +1755,7 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
     Parameters
     ----------
     truth : sequence of dict
-        For each image ``image_id``, ``orig_size`` (height, width), ``boxes`` ``[K, 4]``, ``labels``, ``area`` ``[K]``.
+        For each image ``image_id``, ``orig_size`` (height, width), ``boxes`` ``[K, 4]``, ``labels`` and ``area``.
     results : sequence of dict
         For the same images ``boxes`` ``[D, 4]``, ``scores`` and ``labels`` ``[D]``.
     annotations : path, optional
