@@ -1764,7 +1764,7 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
     Returns
     -------
     pycocotools.cocoeval.COCOeval
-        Accumulated: ``.stats`` has the twelve figures in the order of `COCO_FIGURES`, ``.eval["precision"]`` the curves.
+        Accumulated: ``.stats`` in the order of `COCO_FIGURES`, ``.eval["precision"]`` for the curves.
     """
     images = [{"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]} for t in truth]
     categories = [{"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)]
@@ -1868,6 +1868,7 @@ def draw_boxes(
     if image is not None:
         ax.imshow(to_picture(image), interpolation="nearest")
         ax.set_axis_off()
+    (left_edge, right_edge), (bottom, top) = ax.get_xlim(), ax.get_ylim()  # rows of an image count downwards
     boxes = torch.as_tensor(np.asarray(boxes)).reshape(-1, 4).tolist()
     labels = [None] * len(boxes) if labels is None else [int(label) for label in labels]
     scores = [None] * len(boxes) if scores is None else [float(score) for score in scores]
@@ -1882,23 +1883,18 @@ def draw_boxes(
         words = [COCO_NAMES[label]] if label is not None else []
         words += [f"{score:.2f}"] if score is not None else []
         if words:
-            ax.text(
-                x1,
-                y1,
-                " ".join(words),
-                fontsize=fontsize,
-                color="black",
-                va="bottom",
-                ha="left",
-                clip_on=True,
-                bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.0},
-            )
+            # Above the box, from its left corner; inside or from the right corner where that would leave the picture.
+            low, right = y1 < top + (bottom - top) / 10, x1 > (left_edge + 2 * right_edge) / 3
+            label_box = {"facecolor": shade, "edgecolor": "none", "pad": 1.0}
+            x, ha, va = x2 if right else x1, "right" if right else "left", "top" if low else "bottom"
+            ax.text(x, y1, " ".join(words), fontsize=fontsize, color="black", va=va, ha=ha, bbox=label_box)
 
 
 def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
-    """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``), the same bytes for the same picture."""
+    """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``): .jpg for scenes, .png for plots."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURES / name, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    options = {"pil_kwargs": {"quality": 88}} if name.endswith(".jpg") else {"metadata": {"Software": None}}
+    figure.savefig(FIGURES / name, dpi=110, bbox_inches="tight", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
