@@ -21,14 +21,14 @@ lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
 run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figures/ (about 5 minutes)
-	@set -e; for notebook in $(NOTEBOOKS); do \
+	@set -e; export FRCNN_STILL=1; for notebook in $(NOTEBOOKS); do \
 		$(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-			--ExecutePreprocessor.coalesce_streams=True "$$notebook"; \
+			--coalesce-streams "$$notebook"; \
 	done
 
 test: $(INSTALLED) ## Run the unit tests and every notebook, without a network
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
-	HF_HUB_OFFLINE=1 FRCNN_DATA=glyphs FRCNN_FIGURES="$$scratch/figures" FRCNN_CHECKPOINTS="$$scratch/checkpoints" \
+	FRCNN_STILL=1 HF_HUB_OFFLINE=1 FRCNN_DATA=glyphs FRCNN_FIGURES="$$scratch/figures" FRCNN_CHECKPOINTS="$$scratch/checkpoints" \
 		$(PY) -m pytest -q -n auto --dist worksteal --nbmake --nbmake-timeout=900 --durations=5 notebooks tests
 
 lint: $(INSTALLED) ## Check style and formatting, notebooks included

@@ -33,6 +33,7 @@ import datasets
 import filelock
 import matplotlib
 import matplotlib.axes
+import matplotlib.colors
 import matplotlib.figure
 import matplotlib.patches
 import matplotlib.patheffects
@@ -1446,7 +1447,7 @@ def tiny_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     roi_align = ROIAlign(k0=k0)
     box_head = TwoMLPHead(channels * roi_align.out_size**2, fc_dim)
     model = FasterRCNN(num_classes, backbone, FPN(backbone.out_channels, channels), rpn, roi_align, box_head)
-    model.ROI_BATCH, model.ROI_POS_FRAC, model.name = 64, 0.5, "tiny"
+    model.ROI_BATCH, model.name = 96, "tiny"
     return model
 
 
@@ -1486,12 +1487,15 @@ def step_decay(model: nn.Module, steps: int, batch: int, lr: float = 0.02) -> tu
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _batches(loader: DataLoader, state: dict) -> Iterator[tuple[Tensor, list[dict]]]:
+def _batches(loader: DataLoader, state: dict, generators: dict | None) -> Iterator[tuple[Tensor, list[dict]]]:
     """Batches without end, epoch after epoch from where ``state`` is, which is kept up to date with what was given."""
     while True:
         loader.dataset.set_epoch(state["epoch"])
-        empty = True
-        for images, targets in loader:
+        batches, empty = iter(loader), True
+        if generators:  # only now: starting the loader has drawn a number that the interrupted run had drawn before
+            _set_generator_states(generators)
+            generators = None
+        for images, targets in batches:
             empty = False
             for reader, rows in (target["position"] for target in targets):
                 state["rows"][reader], state["last"] = rows, reader
@@ -1573,52 +1577,50 @@ def train(
     optimizer, schedule = recipe(model, steps, loader.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history: dict[str, list[float]] = {name: [] for name in ("step", "lr", "loss", *LOSS_NAMES)}
-    stream = {"epoch": 0, "rows": {}, "last": -1}
-    generators = None
-    if resume and checkpoint_path and not Path(checkpoint_path).exists():
-        print(f"no checkpoint at {checkpoint_path} yet: starting at step 0")
-    elif resume and checkpoint_path:
-        _, saved = load_checkpoint(checkpoint_path, model)
-        differing = {key: (saved["run"].get(key), run[key]) for key in run if saved["run"].get(key) != run[key]}
-        if differing:
-            told = ", ".join(f"{key} {before} (now {now})" for key, (before, now) in differing.items())
-            raise ValueError(f"{checkpoint_path} belongs to another run: {told}")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        history, stream, generators = saved["history"], saved["stream"], saved["generators"]
-        loader.dataset.resume(stream | {"rows": dict(stream["rows"])})
-
-    def save(step: int) -> None:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        extra = {"step": step, "run": run, "history": history, "stream": stream, "generators": _generator_states()}
-        save_checkpoint(checkpoint_path, model, **states, **extra)
+    if resume and checkpoint_path and Path(checkpoint_path).exists():
+        history, stream, generators = _resume(checkpoint_path, model, parts, run, loader.dataset)
+    else:
+        history = {name: [] for name in ("step", "lr", "loss", *LOSS_NAMES)}
+        stream, generators = {"epoch": 0, "rows": {}, "last": -1}, None
+        if resume:
+            print(f"no checkpoint at {checkpoint_path} yet: starting at step 0")
 
     model.train()
-    batches = _batches(loader, stream)
+    batches = _batches(loader, stream, generators)
     start = len(history["step"])
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit="step", mininterval=1.0)
     for step in bar:
         images, targets = next(batches)
-        if generators:  # only now: starting the loader has drawn a number that the first run had drawn before
-            _set_generator_states(generators)
-            generators = None
         losses = _train_step(model, images, targets, optimizer, scaler, clip_norm, amp)
-        history["step"].append(step)
-        history["lr"].append(schedule.get_last_lr()[0])
-        for name, value in losses.items():
-            history[name].append(value)
         if not math.isfinite(losses["loss"]):
             ids = [target["image_id"] for target in targets]
             raise FloatingPointError(f"step {step}: the losses are {losses}, from the images {ids}; try a lower rate")
+        for name, value in ({"step": step, "lr": schedule.get_last_lr()[0]} | losses).items():
+            history[name].append(value)
         schedule.step()
         bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
         if checkpoint_path and (step % save_every == 0 or step == steps):
-            save(step)
+            state = {"step": step, "run": run, "history": history, "stream": stream, "generators": _generator_states()}
+            save_checkpoint(
+                checkpoint_path, model, **state, **{name: part.state_dict() for name, part in parts.items()}
+            )
         if after_step:
             after_step(step, history)
             model.train()
     return history
+
+
+def _resume(path: str | Path, model: FasterRCNN, parts: dict, run: dict, dataset: COCOStreamDataset) -> tuple:
+    """Put the run in ``path`` back into model, parts and stream; returns its history, position and generator states."""
+    _, saved = load_checkpoint(path, model)
+    before = saved.get("run", {})
+    differing = [f"{key} {before.get(key)} (now {run[key]})" for key in run if before.get(key) != run[key]]
+    if differing:
+        raise ValueError(f"{path} belongs to another run: {', '.join(differing)}")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    dataset.resume(saved["stream"] | {"rows": dict(saved["stream"]["rows"])})
+    return saved["history"], saved["stream"], saved["generators"]
 
 
 def _train_step(
@@ -1830,6 +1832,7 @@ def evaluate(
 
 # Okabe and Ito's colours without their black: apart also for colour-blind readers.
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_LIGHT = 1.4  # red + green + blue of 0..1 from which black letters read better than white ones
 
 
 def to_picture(image: Tensor | np.ndarray | PIL.Image.Image) -> np.ndarray:
@@ -1887,14 +1890,28 @@ def draw_boxes(
             low, right = y1 < top + (bottom - top) / 10, x1 > (left_edge + 2 * right_edge) / 3
             label_box = {"facecolor": shade, "edgecolor": "none", "pad": 1.0}
             x, ha, va = x2 if right else x1, "right" if right else "left", "top" if low else "bottom"
-            ax.text(x, y1, " ".join(words), fontsize=fontsize, color="black", va=va, ha=ha, bbox=label_box)
+            ink = "black" if sum(matplotlib.colors.to_rgb(shade)) > _LIGHT else "white"
+            ax.text(x, y1, " ".join(words), fontsize=fontsize, color=ink, va=va, ha=ha, bbox=label_box)
+
+
+def with_sliders(draw: Callable, **controls: object) -> None:
+    """Let the reader move what ``draw`` takes (ipywidgets by name); with ``$FRCNN_STILL`` draw once at their values.
+
+    A widget is an empty box on a page that nobody runs, so `make run` and `make test` ask for the still picture.
+    """
+    if os.environ.get("FRCNN_STILL"):
+        draw(**{name: control.value for name, control in controls.items()})
+    else:
+        import ipywidgets  # of notebooks alone
+
+        ipywidgets.interact(draw, **controls)
 
 
 def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
     """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``): .jpg for scenes, .png for plots."""
     FIGURES.mkdir(parents=True, exist_ok=True)
-    options = {"pil_kwargs": {"quality": 88}} if name.endswith(".jpg") else {"metadata": {"Software": None}}
-    figure.savefig(FIGURES / name, dpi=110, bbox_inches="tight", **options)
+    options = {"pil_kwargs": {"quality": 80}} if name.endswith(".jpg") else {"metadata": {"Software": None}}
+    figure.savefig(FIGURES / name, dpi=90, bbox_inches="tight", **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

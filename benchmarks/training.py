@@ -46,6 +46,8 @@ class NarrowBackbone(nn.Module):
             torchvision.ops.feature_pyramid_network.LastLevelMaxPool(),
         )
         for module in self.stages.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 

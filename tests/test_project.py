@@ -1,0 +1,110 @@
+"""The files around the code agree with each other, and the notebooks are as committed ones should be."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+README = (ROOT / "README.md").read_text()
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_has_one_tested_version_inside_its_range():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonical(name): Version(version) for name, version in (line.split("==") for line in lines)}
+    assert len(pins) == len(lines)
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        assert pins[canonical(requirement.name)] in requirement.specifier, requirement
+
+
+def test_conda_installs_the_same_through_pip():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["channels"] == ["conda-forge", "nodefaults"]  # the pytorch channel ended at 2.5
+    *conda, pip = environment["dependencies"]
+    assert pip == {"pip": ["-c constraints.txt", "-e ."]}
+    (python,) = (entry for entry in conda if entry.startswith("python="))
+    assert Version(python.removeprefix("python=")) in Requirement(f"x{PROJECT['requires-python']}").specifier
+
+
+def test_module_imports_only_what_is_listed():
+    tree = ast.parse((ROOT / "frcnn_common.py").read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    listed = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]} | {"pil"}  # pillow
+    foreign = {canonical(name.split(".")[0]) for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert foreign <= listed
+
+
+def test_readme_names_only_make_targets_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([a-z]+)", README)) - {"a"} <= targets
+
+
+def test_readme_links_to_files_that_exist():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_public_functions_and_classes_say_what_they_do():
+    tree = ast.parse((ROOT / "frcnn_common.py").read_text())
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "figures").iterdir()), ids=lambda path: path.name)
+def test_figure_is_small_and_made_by_a_notebook(path):
+    assert path.stat().st_size <= 150_000
+    assert any(f'\\"{path.name}\\"' in notebook.read_text() for notebook in NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+class TestNotebook:
+    def test_committed_from_one_clean_run(self, path):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+        outputs = [output for cell in cells for output in cell["outputs"]]
+        assert [output for output in outputs if output["output_type"] == "error"] == []
+        assert [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})] == []
+        assert path.stat().st_size <= 1_000_000
+
+    def test_says_nothing_about_this_machine_and_plays_no_tricks(self, path):
+        text = path.read_text()
+        assert re.findall(r"/(?:home|root|tmp|Users|work)/", text) == []
+        assert re.findall(r"sys\.path|!pip|%pip", text) == []
+
+    def test_asserts_results_and_explains_its_code(self, path):
+        cells = json.loads(path.read_text())["cells"]
+        source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        assert len(re.findall(r"^\s*assert\b|assert_close", source, re.M)) >= 5
+        lengths = [len(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        assert max(lengths) <= 40
+
+    def test_solutions_are_folded(self, path):
+        cells = json.loads(path.read_text())["cells"]
+        after = [i for i, cell in enumerate(cells) if "".join(cell["source"]).startswith("### Solutions")]
+        solutions = cells[after[0] + 1 :]
+        assert len(solutions) >= 3
+        assert all(cell["metadata"]["jupyter"]["source_hidden"] for cell in solutions)
+        assert all("hide-cell" in cell["metadata"]["tags"] for cell in solutions)
+
+
+def test_no_file_is_large():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert [name for name in tracked if name and (ROOT / name).stat().st_size > 1_500_000] == []
