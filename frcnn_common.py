@@ -208,7 +208,7 @@ _NMS_BLOCK = 128  # boxes settled together; larger blocks do more work, smaller 
 def _float32_below(threshold: float) -> float:
     """The largest float32 that is not above ``threshold``, so that ``iou > it`` decides as exact arithmetic does."""
     rounded = np.float32(threshold)
-    return float(rounded if rounded <= threshold else np.nextafter(rounded, np.float32(-np.inf)))
+    return float(rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf)))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
@@ -580,10 +580,11 @@ class COCOStreamDataset(IterableDataset):
             stream = self._stream if self.max_samples is None else self._stream.take(self.max_samples)
         if self.shuffle_buffer:
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-            stream.set_epoch(self.epoch)
         # Whole shards for each reader where they divide evenly; else all read the same stream and take turns.
         by_shard = self.source == "glyphs" or (self.max_samples is None and stream.num_shards % readers == 0)
         stream = split_dataset_by_node(stream, reader, readers, strategy="shards" if by_shard else "examples")
+        if self.shuffle_buffer:
+            stream.set_epoch(self.epoch)  # last: every method above returns a stream that is at epoch 0 again
         # `iter(batch)` and not `__iter__`: inside a DataLoader worker the latter would divide the shards once more.
         for batch in self._read_errors_named(stream.iter(batch_size=1)):
             yield {name: column[0] for name, column in batch.items()}
@@ -600,7 +601,7 @@ class COCOStreamDataset(IterableDataset):
                 continue
             try:
                 image, target = self._sample(row)
-            except (ValueError, OSError, TypeError, KeyError, PIL.Image.DecompressionBombError) as error:
+            except Exception as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
                 self.skipped += 1
                 warnings.warn(f"image_id {row.get('image_id')} skipped: {error}", stacklevel=2)
                 continue
@@ -1691,7 +1692,7 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        name, weights = state.pop("model_name"), state.pop("model")
+        name, weights = state.pop("model_name"), dict(state.pop("model"))
     except Exception as error:  # a torn zip, a pickle with code in it, another program's file: all mean the same here
         raise ValueError(f"{path} is no whole checkpoint of this program ({type(error).__name__})") from error
     if model is None:
@@ -1775,7 +1776,10 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
     found = [result | {"image_id": target["image_id"]} for target, result in zip(truth, results, strict=True)]
     detections = _annotations(found, score=[result["scores"].tolist() for result in results])
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
-        coco = COCO(None if annotations is None else str(annotations))
+        try:
+            coco = COCO(None if annotations is None else str(annotations))
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{annotations} is no COCO annotation file: {error}") from error
         if annotations is None:
             coco.dataset = {"images": images, "annotations": objects, "categories": categories, "info": {}}
             coco.createIndex()
@@ -1869,10 +1873,13 @@ def draw_boxes(
         One colour for all boxes instead of one for each class; matplotlib's names.
     """
     if image is not None:
-        ax.imshow(to_picture(image), interpolation="nearest")
+        pixels = to_picture(image)
+        # Continuous coordinates: 0 is the edge of the picture. Without the extent it is the middle of the first pixel.
+        ax.imshow(pixels, interpolation="nearest", extent=(0, pixels.shape[1], pixels.shape[0], 0))
         ax.set_axis_off()
     (left_edge, right_edge), (bottom, top) = ax.get_xlim(), ax.get_ylim()  # rows of an image count downwards
-    boxes = torch.as_tensor(np.asarray(boxes)).reshape(-1, 4).tolist()
+    boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).tolist()
     labels = [None] * len(boxes) if labels is None else [int(label) for label in labels]
     scores = [None] * len(boxes) if scores is None else [float(score) for score in scores]
     for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True):
@@ -1887,7 +1894,7 @@ def draw_boxes(
         words += [f"{score:.2f}"] if score is not None else []
         if words:
             # Above the box, from its left corner; inside or from the right corner where that would leave the picture.
-            low, right = y1 < top + (bottom - top) / 10, x1 > (left_edge + 2 * right_edge) / 3
+            low, right = y1 < top + (bottom - top) / 10, x1 > (left_edge + right_edge) / 2
             label_box = {"facecolor": shade, "edgecolor": "none", "pad": 1.0}
             x, ha, va = x2 if right else x1, "right" if right else "left", "top" if low else "bottom"
             ink = "black" if sum(matplotlib.colors.to_rgb(shade)) > _LIGHT else "white"
@@ -1932,10 +1939,13 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -1943,16 +1953,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     train_parser = commands.add_parser("train", help="train a detector, or continue where its checkpoint ends")
     train_parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    train_parser.add_argument("--steps", type=_positive, help="of the whole run (default: by model)")
-    train_parser.add_argument("--batch", type=_positive, help="images a step (default: by model)")
+    train_parser.add_argument("--steps", type=_at_least(1), help="of the whole run (default: by model)")
+    train_parser.add_argument("--batch", type=_at_least(1), help="images a step (default: by model)")
     train_parser.add_argument(
-        "--image-size", type=_positive, help="side of the square input, pixels (default: by model)"
+        "--image-size", type=_at_least(1), help="side of the square input, pixels (default: by model)"
     )
     train_parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
-    train_parser.add_argument("--seed", type=int, default=0)
+    train_parser.add_argument("--seed", type=_at_least(0), default=0)
     train_parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
-    train_parser.add_argument("--save-every", type=_positive, default=100, help="steps between checkpoints")
-    train_parser.add_argument("--workers", type=int, default=0, help="processes that load data")
+    train_parser.add_argument("--save-every", type=_at_least(1), default=100, help="steps between checkpoints")
+    train_parser.add_argument("--workers", type=_at_least(0), default=0, help="processes that load data")
     evaluate_parser = commands.add_parser("evaluate", help="the twelve COCO figures of a checkpoint")
     evaluate_parser.add_argument("--split", choices=("train", "val"), default="val")
     evaluate_parser.add_argument("--annotations", type=Path, help="COCO's own instances_val2017.json")
@@ -1960,7 +1970,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "--source", help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
         )
-        sub.add_argument("--max-samples", type=_positive, help="use only the first so many images, in their order")
+        sub.add_argument("--max-samples", type=_at_least(1), help="use only the first so many images, in their order")
         sub.add_argument("--checkpoint", type=Path, required=True)
     return parser.parse_args(arguments)
 
@@ -2020,7 +2030,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(command(args)))
     except (ValueError, OSError, FloatingPointError) as error:
         # Of an error that a worker passed on only the last line is the message, the rest is its traceback.
-        print(f"frcnn_common: error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        message = str(error).strip() or type(error).__name__
+        print(f"frcnn_common: error: {message.splitlines()[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("frcnn_common: stopped; the last checkpoint holds", file=sys.stderr)

@@ -282,7 +282,7 @@ BAD = {
         "list.json",
     ),
     "annotations of other images": (
-        "evaluate --checkpoint {files}/whole.pt --source glyphs --max-samples 1 --annotations {coco}/instances_val.json",
+        "evaluate --source glyphs --max-samples 1 --checkpoint {files}/whole.pt --annotations {official}",
         "1000000000",
     ),
 }
@@ -291,13 +291,40 @@ BAD = {
 @pytest.mark.parametrize(("line", "named"), BAD.values(), ids=BAD)
 def test_bad_input_ends_with_one_line(line, named, call, files, coco_tiny, recwarn):
     before = contents(files)
-    code, _, err = call(line.format(files=files, coco=coco_tiny, tiny=TINY))
+    code, _, err = call(line.format(files=files, tiny=TINY, official=coco_tiny / "instances_val.json"))
     assert code == 2
     assert len(err) == 1
     assert err[0].startswith("frcnn_common: error: ")
     assert named in err[0]
     assert contents(files) == before
     assert [str(warning.message) for warning in recwarn] == []  # outside pytest they go to stderr as well
+
+
+def test_folder_as_checkpoint_is_refused_before_training(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(frcnn, "train", None)
+    code, _, err = call(f"train {TINY} --source glyphs --checkpoint {tmp_path}")
+    assert (code, len(err)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("--seed 1", "seed 0 (now 1)"),
+        ("--max-samples 3", "max_samples None (now 3)"),
+        ("--image-size 32", "image_size 64 (now 32)"),
+        ("--batch 3", "batch 2 (now 3)"),
+        ("--workers 1", "workers 0 (now 1)"),
+        ("--amp bf16", "amp off (now bf16)"),
+        ("--source {shards}", "source glyphs (now /"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(changed, said, call, files, glyph_shards):
+    before = contents(files)
+    line = f"train {TINY} --source glyphs --steps 2 --resume --checkpoint {files}/whole.pt {changed}"
+    code, _, err = call(line.format(shards=glyph_shards))
+    assert (code, len(err)) == (2, 1)
+    assert said in err[0]
+    assert contents(files) == before
 
 
 @pytest.mark.parametrize("workers", [0, 2])
