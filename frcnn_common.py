@@ -455,6 +455,10 @@ def _hub_answers(seconds: float = HUB_TIMEOUT) -> bool:
     return answered.is_set()
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _open_folder(folder: Path, split: str) -> datasets.IterableDataset:
     """Stream ``split-*.parquet`` of a folder, after a look at the end of every shard: a torn one is named here."""
     shards = sorted(folder.glob(f"{split}-*.parquet"))
@@ -464,7 +468,7 @@ def _open_folder(folder: Path, split: str) -> datasets.IterableDataset:
         try:
             schema = pyarrow.parquet.read_schema(shard)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{shard} is no whole parquet file: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{shard} is no whole parquet file: {_first_line(error)}") from error
         missing = [name for name in _COLUMNS if name not in schema.names]
         if missing:
             raise ValueError(f"{shard} lacks the columns {missing}; it has {schema.names}")
@@ -566,7 +570,7 @@ class COCOStreamDataset(IterableDataset):
         try:
             yield from rows
         except Exception as error:
-            raise ValueError(f"{self.source} cannot be read further: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{self.source} cannot be read further: {_first_line(error)}") from error
 
     def _rows(self, reader: int, readers: int) -> Iterator[dict]:
         """This reader's share of the epoch's rows: each row goes to exactly one reader."""
@@ -579,7 +583,8 @@ class COCOStreamDataset(IterableDataset):
         else:
             stream = self._stream if self.max_samples is None else self._stream.take(self.max_samples)
         if self.shuffle_buffer:
-            stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+            # One input shard at a time: reading several starts threads, and `datasets` waits 5 s for them to end.
+            stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1)
         # Whole shards for each reader where they divide evenly; else all read the same stream and take turns.
         by_shard = self.source == "glyphs" or (self.max_samples is None and stream.num_shards % readers == 0)
         stream = split_dataset_by_node(stream, reader, readers, strategy="shards" if by_shard else "examples")
@@ -1592,10 +1597,12 @@ def train(
     bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit="step", mininterval=1.0)
     for step in bar:
         images, targets = next(batches)
-        losses = _train_step(model, images, targets, optimizer, scaler, clip_norm, amp)
-        if not math.isfinite(losses["loss"]):
+        losses, finite = _train_step(model, images, targets, optimizer, scaler, clip_norm, amp)
+        if not finite:
             ids = [target["image_id"] for target in targets]
-            raise FloatingPointError(f"step {step}: the losses are {losses}, from the images {ids}; try a lower rate")
+            raise FloatingPointError(
+                f"step {step}: not finite, the losses are {losses}, from the images {ids}; try a lower rate"
+            )
         for name, value in ({"step": step, "lr": schedule.get_last_lr()[0]} | losses).items():
             history[name].append(value)
         schedule.step()
@@ -1632,8 +1639,8 @@ def _train_step(
     scaler: torch.amp.GradScaler,
     clip_norm: float,
     amp: str,
-) -> dict[str, float]:
-    """Forward, backward, one step; where the loss is not finite the weights are left alone."""
+) -> tuple[dict[str, float], bool]:
+    """Forward, backward, one step: the losses, and whether all was finite; where not, the weights are left alone."""
     device = next(model.parameters()).device
     images = images.to(device, non_blocking=True)
     targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
@@ -1642,14 +1649,17 @@ def _train_step(
         losses = model(images, targets)
         loss = sum(losses.values())
     values = {"loss": loss.item()} | {name: losses[name].item() for name in LOSS_NAMES}
-    if math.isfinite(values["loss"]):
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-    return values
+    if not math.isfinite(values["loss"]):
+        return values, False
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    length = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip_norm)
+    if not scaler.is_enabled() and not length.isfinite():  # an overflow of float16 is the scaler's own business
+        return values, False
+    scaler.step(optimizer)
+    scaler.update()
+    return values, True
 
 
 def save_checkpoint(path: str | Path, model: FasterRCNN, **state: object) -> None:
@@ -1724,11 +1734,12 @@ def tiny_detector() -> FasterRCNN:
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         if not path.exists():
-            torch.manual_seed(0)
-            model = tiny_faster_rcnn().to(DEVICE)
-            dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
-            loader = DataLoader(dataset, batch_size=TINY_BATCH, collate_fn=frcnn_collate_fn)
-            train(model, loader, TINY_STEPS, checkpoint_path=path, save_every=TINY_STEPS)
+            with torch.random.fork_rng():  # the caller's random numbers do not depend on whether a file was there
+                torch.manual_seed(0)
+                model = tiny_faster_rcnn().to(DEVICE)
+                dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
+                loader = DataLoader(dataset, batch_size=TINY_BATCH, collate_fn=frcnn_collate_fn)
+                train(model, loader, TINY_STEPS, checkpoint_path=path, save_every=TINY_STEPS)
     return load_checkpoint(path)[0].eval()
 
 

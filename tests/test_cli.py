@@ -43,9 +43,14 @@ def call(capfd):
 
 @pytest.fixture(scope="module")
 def glyph_shards(tmp_path_factory):
-    """A folder of two shards for training, 70 + 10 small scenes, and one for evaluation."""
+    """A folder of three shards for training, 70 + 10 + 10 small scenes, and one for evaluation."""
     folder = tmp_path_factory.mktemp("glyphs")
-    for name, first, count in (("train-00000", 0, 70), ("train-00001", 70, 10), ("val-00000", 100, 4)):
+    for name, first, count in (
+        ("train-00000", 0, 70),
+        ("train-00001", 70, 10),
+        ("train-00002", 80, 10),
+        ("val-00000", 100, 4),
+    ):
         rows = [frcnn.render_glyph_scene(seed, 64) for seed in range(first, first + count)]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
     return folder
@@ -217,10 +222,11 @@ def files(trained, coco_tiny, glyph_shards, tmp_path):
     table = pyarrow.table({"image_id": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "no_columns" / "train-00000.parquet")
     # A shard whose end is whole and whose rows are not, behind the rows that are read before training begins.
-    (tmp_path / "garbled" / "train-00000.parquet").write_bytes((glyph_shards / "train-00000.parquet").read_bytes())
-    shard = bytearray((glyph_shards / "train-00001.parquet").read_bytes())
-    shard[4:2000] = b"\xff" * 1996
-    (tmp_path / "garbled" / "train-00001.parquet").write_bytes(shard)
+    for path in glyph_shards.glob("train-*"):
+        (tmp_path / "garbled" / path.name).write_bytes(path.read_bytes())
+    with (tmp_path / "garbled" / "train-00002.parquet").open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * 2000)
     return tmp_path
 
 
@@ -330,7 +336,7 @@ def test_resume_with_other_settings_is_refused(changed, said, call, files, glyph
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shard_that_is_torn_inside_ends_with_one_line(workers, call, files):
     before = contents(files)
-    line = f"train {TINY} --source {files}/garbled --max-samples 80 --workers {workers} --steps 40"
+    line = f"train {TINY} --source {files}/garbled --max-samples 90 --workers {workers} --steps 50 --image-size 32"
     code, _, err = call(f"{line} --checkpoint {files}/whole.pt")
     assert (code, len(err)) == (2, 1)
     assert "garbled cannot be read further" in err[0]

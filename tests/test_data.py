@@ -450,7 +450,7 @@ PICTURES = {
     "CMYK": (lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "tiff"), (255, 0, 0)),
     "CMYK jpeg": (lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "jpeg"), (255, 0, 0)),
     "16 bit": (lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x8040, np.uint16))), (128, 128, 128)),
-    "16 bit tiff": (lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0xFFFF, np.uint16)), "tiff"), (255,) * 3),
+    "16 bit tiff": (lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x4010, np.uint16)), "tiff"), (64, 64, 64)),
 }
 
 
