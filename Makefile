@@ -3,6 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 INSTALLED := .venv/installed
+NBCONVERT := $(PY) -m jupyter nbconvert --log-level ERROR --to notebook --inplace
 
 .PHONY: help lab run test lint format bench clean
 
@@ -20,10 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
-run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figures/ (about 5 minutes)
+run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figures/ (about 3 minutes)
 	@set -e; export FRCNN_STILL=1; for notebook in $(NOTEBOOKS); do \
-		$(PY) -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
-			--coalesce-streams "$$notebook"; \
+		$(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False "$$notebook"; \
+		$(NBCONVERT) --coalesce-streams "$$notebook"; \
 	done
 
 test: $(INSTALLED) ## Run the unit tests and every notebook, without a network

@@ -18,13 +18,6 @@ from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
 
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
-    """`datasets` sleeps for 5 seconds behind every shuffled pass, to let pyarrow's threads end."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.02)
-
-
 SCHEMA = pyarrow.schema(
     {
         "image_id": pyarrow.int64(),
@@ -381,6 +374,13 @@ def test_shuffle_follows_from_seed_and_epoch(monkeypatch, shards, source):
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
     assert sorted(first) == sorted(order(1, 1)) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_shuffled_pass_ends_without_a_pause(monkeypatch, shards, count):
+    # `datasets` waits for 5 seconds behind a pass that it read several shards at a time for
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"slept for {seconds} s"))
+    assert len(image_ids(stream(shards[count], shuffle_buffer=8))) == ROWS
 
 
 def test_without_a_buffer_the_order_is_the_files(shards):
