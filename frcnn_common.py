@@ -19,12 +19,15 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +48,7 @@ import PIL.ImageOps
 import pyarrow
 import pyarrow.parquet
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasets.distributed import split_dataset_by_node
 from pycocotools.coco import COCO
@@ -52,6 +56,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torchvision.models import ResNet50_Weights, WeightsEnum
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +92,8 @@ _COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(i for i in range(91) if i not in _COCO_UNUSED_IDS)  # label -> official id
 
 HUB_SOURCE = "detection-datasets/coco"
-HUB_TIMEOUT = 5.0  # seconds until the Hub counts as out of reach
+NETWORK_TIMEOUT = 5.0  # seconds until a server counts as out of reach
+RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries to go on with a stream that broke off
 
 # Each symbol of the embedded scenes stands for the COCO category that it depicts.
 GLYPHS = {
@@ -105,6 +112,26 @@ GLYPH_FIRST_SEED = {"train": 0, "val": 1_000_000_000}  # the two splits never sh
 ROOT = Path(__file__).resolve().parent
 FIGURES = Path(os.environ.get("FRCNN_FIGURES", ROOT / "figures"))
 CHECKPOINTS = Path(os.environ.get("FRCNN_CHECKPOINTS", ROOT / "checkpoints"))
+
+
+def process_rank() -> tuple[int, int]:
+    """Number of this process among those that train together, and how many they are: ``(0, 1)`` where it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, on each of them."""
+    x = x.contiguous().clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def say(text: str) -> None:
+    """Print once, however many processes there are."""
+    if process_rank()[0] == 0:
+        print(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,16 +431,16 @@ def detect_bbox_format(rows: Sequence[dict]) -> str:
     return best
 
 
-def decode_image(encoded: bytes, size: tuple[int, int]) -> PIL.Image.Image:
+def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Image.Image:
     """An RGB picture from JPEG, PNG, … bytes of any mode, turned as its boxes expect it.
 
     Parameters
     ----------
     encoded : bytes
         The file's content.
-    size : (width, height)
+    size : (width, height), optional
         What the annotation says. A camera may store a picture lying on its side with a note (EXIF) to turn it;
-        the boxes were drawn on the one whose size the annotation gives.
+        the boxes were drawn on the one whose size the annotation gives. None: turned as the note says.
 
     Raises
     ------
@@ -422,8 +449,8 @@ def decode_image(encoded: bytes, size: tuple[int, int]) -> PIL.Image.Image:
     """
     image = PIL.Image.open(io.BytesIO(encoded))
     upright = PIL.ImageOps.exif_transpose(image)
-    image = upright if upright.size == size else image
-    if image.size != size:
+    image = upright if size in (None, upright.size) else image
+    if size not in (None, image.size):
         raise ValueError(f"the image has {image.size[0]} × {image.size[1]} pixels, its row says {size[0]} × {size[1]}")
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
         image = PIL.Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
@@ -436,23 +463,55 @@ def image_to_tensor(image: PIL.Image.Image) -> Tensor:
     return (pixels.float() - 255 * IMAGENET_MEAN) / (255 * IMAGENET_STD)
 
 
-def _hub_answers(seconds: float = HUB_TIMEOUT) -> bool:
-    """Whether the Hub tells about its COCO within so many seconds; the library alone would retry for 24, noisily."""
-    if datasets.config.HF_HUB_OFFLINE:
-        return False
+def prepare_image(
+    image: PIL.Image.Image, image_size: int | tuple[int, int], multiple: int = 32
+) -> tuple[Tensor, tuple[int, int]]:
+    """An RGB picture as normalised network input ``[3, H, W]``, and its size (height, width) without padding.
+
+    Parameters
+    ----------
+    image : PIL image
+        RGB.
+    image_size : int, or (shortest, longest)
+        A number: a square of that side, as the lessons use it. A pair: the aspect is kept, the short side becomes
+        ``shortest`` unless the long one would exceed ``longest``; resized as the published weights expect it,
+        bilinear without antialiasing, sizes rounded down.
+    multiple : int
+        What keeps its aspect is padded, right and below, to a multiple of this: the coarsest stride of the backbone.
+    """
+    if isinstance(image_size, int):
+        square = (image_size, image_size)
+        image = image if image.size == square else image.resize(square, PIL.Image.Resampling.BILINEAR)
+        return image_to_tensor(image), square
+    scale = min(image_size[0] / min(image.size), image_size[1] / max(image.size))
+    height, width = (max(1, math.floor(side * scale)) for side in (image.height, image.width))
+    pixels = image_to_tensor(image)[None]  # [1, 3, H, W]
+    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)[0]  # [3, H', W']
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple)), (height, width)  # 0 is ImageNet's mean
+
+
+def _answers(ask: Callable[[], object], seconds: float = NETWORK_TIMEOUT) -> bool:
+    """Whether a call succeeds within so many seconds; a look-up of a host's name ignores every time-out of its own."""
     answered = threading.Event()
 
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # any failure means the same: no Hub today
-            import huggingface_hub
-
-            huggingface_hub.HfApi().dataset_info(HUB_SOURCE, timeout=seconds)
+    def call() -> None:
+        with contextlib.suppress(Exception):  # any failure means the same: no network today
+            ask()
             answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)  # a look-up of the host's name ignores every time-out
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
     return answered.is_set()
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub tells about its COCO; the library alone would retry for 24 seconds, noisily."""
+    if datasets.config.HF_HUB_OFFLINE:
+        return False
+    import huggingface_hub
+
+    return _answers(lambda: huggingface_hub.HfApi().dataset_info(HUB_SOURCE, timeout=NETWORK_TIMEOUT))
 
 
 def _first_line(error: Exception) -> str:
@@ -487,8 +546,8 @@ class COCOStreamDataset(IterableDataset):
     source : str, optional
         "detection-datasets/coco" (the Hub), a folder, or "glyphs". None: ``$FRCNN_DATA``, else the Hub, else, where
         it does not answer, the glyph scenes, said in one line.
-    image_size : int
-        Side of the square output, pixels. The aspect ratio is not kept.
+    image_size : int, or (shortest, longest)
+        Side of a square output, or sides of one that keeps its aspect, pixels: see `prepare_image`.
     shuffle_buffer : int
         Rows in the stream's shuffle buffer; 0 keeps the order.
     seed : int
@@ -500,13 +559,13 @@ class COCOStreamDataset(IterableDataset):
 
     Yields
     ------
-    image : Tensor float32 ``[3, S, S]``
+    image : Tensor float32 ``[3, H, W]``
         ImageNet-normalised.
     target : dict
         ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80,
         ``area`` float32 ``[K]`` in square pixels of the original (COCO's, of the segmentation),
-        ``image_id`` int, ``orig_size`` (height, width),
-        ``position`` (reader, rows that it has read of this epoch): where to resume.
+        ``image_id`` int, ``size`` and ``orig_size`` (height, width) of output and original,
+        ``position`` (worker, rows that it has read of this epoch): where to resume.
     """
 
     def __init__(
@@ -514,7 +573,7 @@ class COCOStreamDataset(IterableDataset):
         split: str = "train",
         max_samples: int | None = None,
         source: str | None = None,
-        image_size: int = IMG_SIZE,
+        image_size: int | tuple[int, int] = IMG_SIZE,
         shuffle_buffer: int = 0,
         seed: int = 0,
         flip: float = 0.0,
@@ -524,25 +583,26 @@ class COCOStreamDataset(IterableDataset):
         split = {"validation": "val"}.get(split, split)
         if split not in GLYPH_SCENES:
             raise ValueError(f"split is {split!r}; there are 'train' and 'val'")
-        if image_size < 1 or (max_samples is not None and max_samples < 1):
+        if np.min(image_size) < 1 or (max_samples is not None and max_samples < 1):
             raise ValueError(f"max_samples and image_size must be at least 1, got {max_samples} and {image_size}")
         self.split, self.max_samples, self.image_size = split, max_samples, image_size
         self.shuffle_buffer, self.seed, self.flip, self.epoch = shuffle_buffer, seed, flip, 0
         self.skipped = 0  # rows that could not be used, in this process
+        self.rank, self.world = process_rank()
         self._resume: dict = {}
         self.source = str(source or os.environ.get("FRCNN_DATA") or self._hub_or_glyphs())
         self._stream = None if self.source == "glyphs" else self._open()
         if bbox_format is None and self._stream is not None:
             sample = 64  # rows that the decision is based on
-            bbox_format = detect_bbox_format(list(self._read_errors_named(self._stream.take(sample))))
-            print(f"{self.source}: objects.bbox is {bbox_format}, decided from the first rows")
+            bbox_format = detect_bbox_format(list(self._steady(lambda: self._stream.take(sample))))
+            say(f"{self.source}: objects.bbox is {bbox_format}, decided from the first rows")
         self.bbox_format = bbox_format or "xyxy"
 
     @staticmethod
     def _hub_or_glyphs() -> str:
         if _hub_answers():
             return HUB_SOURCE
-        print(f"The Hugging Face Hub does not answer: using the embedded glyph scenes instead of {HUB_SOURCE}.")
+        say(f"The Hugging Face Hub does not answer: using the embedded glyph scenes instead of {HUB_SOURCE}.")
         return "glyphs"
 
     def _open(self) -> datasets.IterableDataset:
@@ -559,18 +619,30 @@ class COCOStreamDataset(IterableDataset):
         self.epoch = epoch
 
     def resume(self, state: dict) -> None:
-        """Continue inside an epoch behind the samples that were used: ``{"epoch", "rows": {reader: rows}, "last"}``.
+        """Continue inside an epoch behind the samples that were used: ``{"epoch", "rows": {worker: rows}, "last"}``.
 
-        ``last`` is the reader of the last batch. A `DataLoader` starts with worker 0, so on this one epoch worker 0
-        takes the part of the reader that was next.
+        ``last`` is the worker of the last batch. A `DataLoader` starts with worker 0, so on this one epoch worker 0
+        takes the part of the worker that was next. Rows before the position are read again and thrown away, without
+        decoding them: so the shuffle buffer is what it was, and no sample is lost or doubled.
         """
         self.epoch, self._resume = state["epoch"], state
 
-    def _read_errors_named(self, rows: Iterator[dict]) -> Iterator[dict]:
-        try:
-            yield from rows
-        except Exception as error:
-            raise ValueError(f"{self.source} cannot be read further: {_first_line(error)}") from error
+    def _steady(self, open_rows: Callable[[], Iterator[dict]]) -> Iterator[dict]:
+        """Rows of a stream, taken up again where it broke off. A damaged file is no better at the second try."""
+        delays, given = RETRY_DELAYS if self.source == HUB_SOURCE else (), 0
+        waits = iter(delays)
+        while True:
+            try:
+                for row in itertools.islice(open_rows(), given, None):
+                    given, waits = given + 1, iter(delays)
+                    yield row
+                return
+            except Exception as error:
+                wait = next(waits, None)
+                if wait is None:
+                    raise ValueError(f"{self.source} cannot be read further: {_first_line(error)}") from error
+                warnings.warn(f"{self.source} broke off ({_first_line(error)}); next try in {wait} s", stacklevel=2)
+                time.sleep(wait)
 
     def _rows(self, reader: int, readers: int) -> Iterator[dict]:
         """This reader's share of the epoch's rows: each row goes to exactly one reader."""
@@ -578,7 +650,7 @@ class COCOStreamDataset(IterableDataset):
             first, count = GLYPH_FIRST_SEED[self.split], min(self.max_samples or math.inf, GLYPH_SCENES[self.split])
             shards = [(first + i, first + count, readers) for i in range(readers)]
             stream = datasets.IterableDataset.from_generator(
-                _glyph_rows, gen_kwargs={"shards": shards, "size": self.image_size}
+                _glyph_rows, gen_kwargs={"shards": shards, "size": int(np.min(self.image_size))}
             )
         else:
             stream = self._stream if self.max_samples is None else self._stream.take(self.max_samples)
@@ -591,17 +663,19 @@ class COCOStreamDataset(IterableDataset):
         if self.shuffle_buffer:
             stream.set_epoch(self.epoch)  # last: every method above returns a stream that is at epoch 0 again
         # `iter(batch)` and not `__iter__`: inside a DataLoader worker the latter would divide the shards once more.
-        for batch in self._read_errors_named(stream.iter(batch_size=1)):
+        for batch in self._steady(lambda: stream.iter(batch_size=1)):
             yield {name: column[0] for name, column in batch.items()}
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict]]:
-        worker = get_worker_info()
-        reader, readers = (worker.id, worker.num_workers) if worker else (0, 1)
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         done = 0
         if self._resume and self._resume["epoch"] == self.epoch:
-            reader = (reader + self._resume["last"] + 1) % readers
-            done = self._resume["rows"].get(reader, 0)
-        for count, row in enumerate(self._rows(reader, readers), start=1):
+            worker = (worker + self._resume["last"] + 1) % workers
+            done = self._resume["rows"].get(worker, 0)
+        # In this order n processes take together, step by step, what one process takes with n times the batch.
+        rows = self._rows(self.rank * workers + worker, self.world * workers)
+        for count, row in enumerate(rows, start=1):
             if count <= done:
                 continue
             try:
@@ -612,39 +686,49 @@ class COCOStreamDataset(IterableDataset):
                 continue
             if self.split == "train" and not len(target["boxes"]):
                 continue
-            yield image, target | {"position": (reader, count)}
+            yield image, target | {"position": (worker, count)}
 
     def _sample(self, row: dict) -> tuple[Tensor, dict]:
         size = (row["width"], row["height"])
         image = decode_image(row["image"]["bytes"], size)
-        if image.size != (self.image_size, self.image_size):
-            image = image.resize((self.image_size, self.image_size), PIL.Image.Resampling.BILINEAR)
-
         raw = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)  # [K, 4]
         labels = torch.tensor(row["objects"]["category"], dtype=torch.int64) + 1  # [K] 0 becomes background
         if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < NUM_CLASSES:
             raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {sorted(set((labels - 1).tolist()))}")
         boxes = clip_boxes(_to_corners(raw, self.bbox_format), torch.tensor(size[::-1]))
-        boxes = boxes * (self.image_size / torch.tensor(size * 2))
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & raw.isfinite().all(1)  # [K] no height, no width: log(0)
         area = torch.tensor(row["objects"]["area"], dtype=torch.float32)  # [K]
         image_id = int(row["image_id"])
         if np.random.default_rng((self.seed, self.epoch, abs(image_id))).random() < self.flip:
             image = PIL.ImageOps.mirror(image)
-            boxes[:, [0, 2]] = self.image_size - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
-        return image_to_tensor(image), {
+            boxes[:, [0, 2]] = size[0] - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
+        pixels, (height, width) = prepare_image(image, self.image_size)  # [3, H, W]
+        boxes = boxes * (torch.tensor([width, height] * 2) / torch.tensor(size * 2))
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & raw.isfinite().all(1)  # [K] no height, no width: log(0)
+        return pixels, {
             "boxes": boxes[valid],
             "labels": labels[valid],
             "area": area[valid],
             "image_id": image_id,
+            "size": (height, width),
             "orig_size": size[::-1],
         }
 
 
 def frcnn_collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
-    """Stack the images to ``[B, 3, S, S]``; the targets stay a list, since each image has its own number of objects."""
+    """Stack the images to ``[B, 3, H, W]``, smaller ones padded with 0, which is the mean, right and below.
+
+    The targets stay a list, since each image has its own number of objects.
+    """
     images, targets = zip(*batch, strict=True)
-    return torch.stack(images), list(targets)
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+    return torch.stack(padded), list(targets)
+
+
+def sizes_without_padding(images: Tensor, targets: Sequence[dict]) -> dict[str, list]:
+    """``{"image_sizes": …}`` for `FasterRCNN.forward` where any image of the batch is padded, else ``{}``."""
+    sizes = [target["size"] for target in targets]
+    return {} if all(size == tuple(images.shape[-2:]) for size in sizes) else {"image_sizes": sizes}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,6 +758,36 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
 
 
+class _MeanOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return mean_over_processes(x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return mean_over_processes(grad)
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose batch is that of all processes together. (`nn.SyncBatchNorm` can do it on CUDA alone.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` → the same shape."""
+        world = process_rank()[1]
+        if world == 1 or not self.training:
+            return super().forward(x)
+        values = x.float()
+        moments = torch.stack((values.mean((0, 2, 3)), values.square().mean((0, 2, 3))))  # [2, C]
+        mean, square = _MeanOverProcesses.apply(moments)  # 2 × [C]
+        var, count = square - mean.square(), values[:, 0].numel() * world
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()  # [C]
+        shift = self.bias - mean * scale  # [C]
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+
 class Bottleneck(nn.Module):
     """Residual block 1×1 → 3×3 → 1×1 (ResNet, section 4.1), with the stride on the 3×3 convolution.
 
@@ -697,7 +811,7 @@ class Bottleneck(nn.Module):
         out_ch: int,
         stride: int = 1,
         downsample: nn.Module | None = None,
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        norm: Callable[[int], nn.Module] = SyncedBatchNorm2d,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_ch, out_ch, 1, bias=False)
@@ -750,7 +864,7 @@ class ResNet50(nn.Module):
     def __init__(
         self,
         width: int = 64,
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        norm: Callable[[int], nn.Module] = SyncedBatchNorm2d,
         frozen_stages: int = 0,
         checkpointing: bool = False,
     ) -> None:
@@ -947,7 +1061,19 @@ def match_boxes(
     return labels, matched
 
 
-def sample_boxes(labels: Tensor, size: int, pos_frac: float) -> tuple[Tensor, Tensor]:
+def image_generators(targets: Sequence[dict], device: torch.device) -> list[torch.Generator]:
+    """A source of random numbers for each image, which does not depend on what else is in the batch.
+
+    Several processes with a part of the batch each then draw what one process draws with all of it.
+    """
+    step = int(torch.randint(2**31, ()))
+    ids = [int(target.get("image_id", i)) for i, target in enumerate(targets)]
+    return [torch.Generator(device).manual_seed((step << 32) + image_id % 2**32) for image_id in ids]
+
+
+def sample_boxes(
+    labels: Tensor, size: int, pos_frac: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw at random at most ``size · pos_frac`` positives, and negatives to fill up to ``size``.
 
     Returns
@@ -958,9 +1084,8 @@ def sample_boxes(labels: Tensor, size: int, pos_frac: float) -> tuple[Tensor, Te
     positives, negatives = (labels > 0).nonzero()[:, 0], (labels == 0).nonzero()[:, 0]
     num_positives = min(len(positives), int(size * pos_frac))
     num_negatives = min(len(negatives), size - num_positives)
-    positives = positives[torch.randperm(len(positives), device=labels.device)[:num_positives]]
-    negatives = negatives[torch.randperm(len(negatives), device=labels.device)[:num_negatives]]
-    return positives, negatives
+    draw = functools.partial(torch.randperm, device=labels.device, generator=generator)
+    return positives[draw(len(positives))[:num_positives]], negatives[draw(len(negatives))[:num_negatives]]
 
 
 class RPNHead(nn.Module):
@@ -1007,6 +1132,8 @@ class RegionProposalNetwork(nn.Module):
         IoU above which the weaker of two proposals of a level goes.
     min_sz : float
         Smaller proposals (either side, pixels) are dropped.
+    max_log_scale : float
+        Clamp of the size outputs (see `decode_boxes`).
     """
 
     RPN_BATCH = 256  # anchors of an image that the losses are computed on
@@ -1022,9 +1149,10 @@ class RegionProposalNetwork(nn.Module):
         post_nms: int | tuple[int, int] = 1000,
         nms_thr: float = 0.7,
         min_sz: float = 16,
+        max_log_scale: float = 4.0,
     ) -> None:
         super().__init__()
-        self.head, self.anchor_gen = head, anchor_gen
+        self.head, self.anchor_gen, self.max_log_scale = head, anchor_gen, max_log_scale
         self.pre_nms, self.post_nms, self.nms_thr, self.min_sz = pre_nms, post_nms, nms_thr, min_sz
 
     def forward(
@@ -1075,7 +1203,8 @@ class RegionProposalNetwork(nn.Module):
             start += counts[level]
         chosen, levels = torch.cat(chosen, dim=1), torch.cat(levels, dim=1)  # [B, T]
         scores = logits.gather(1, chosen).sigmoid()  # [B, T]
-        boxes = decode_boxes(anchors[chosen], deltas.gather(1, chosen[..., None].expand(-1, -1, 4)))  # [B, T, 4]
+        best_deltas = deltas.gather(1, chosen[..., None].expand(-1, -1, 4))  # [B, T, 4]
+        boxes = decode_boxes(anchors[chosen], best_deltas, max_log_scale=self.max_log_scale)  # [B, T, 4]
         boxes = clip_boxes(boxes, sizes[:, None])
         big_enough = (boxes[..., 2:] - boxes[..., :2] >= self.min_sz).all(dim=-1)  # [B, T]
 
@@ -1088,9 +1217,10 @@ class RegionProposalNetwork(nn.Module):
     def losses(self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[dict]) -> dict[str, Tensor]:
         """Binary cross-entropy and smooth L1 over the sampled anchors of the batch, divided by their number."""
         sampled_logits, labels, predicted, expected = [], [], [], []
-        for image, target in enumerate(targets):
+        generators = image_generators(targets, logits.device)
+        for image, (target, generator) in enumerate(zip(targets, generators, strict=True)):
             label, matched = match_boxes(anchors, target["boxes"], self.POS_THR, self.NEG_THR, best_is_positive=True)
-            positives, negatives = sample_boxes(label, self.RPN_BATCH, self.POS_FRAC)
+            positives, negatives = sample_boxes(label, self.RPN_BATCH, self.POS_FRAC, generator)
             sampled = torch.cat((positives, negatives))
             sampled_logits.append(logits[image, sampled])
             labels.append(label[sampled])
@@ -1182,15 +1312,24 @@ class ROIAlign(nn.Module):
         Returns
         -------
         Tensor ``[ΣK, C, out_size, out_size]``
+
+        Raises
+        ------
+        ValueError
+            A map that is not of its level's stride, ``2 ** k`` pixels.
         """
+        for k, fmap in enumerate(fmaps, start=self.k_min):
+            if any(abs(side / 2**k - cells) >= 1 for side, cells in zip(image_size, fmap.shape[-2:], strict=True)):
+                raise ValueError(
+                    f"a map of {tuple(fmap.shape[-2:])} cells is not level {k} of an image of {image_size}"
+                )
         boxes = torch.cat(list(proposals)).float()  # [R, 4]
         device, channels = boxes.device, fmaps[0].shape[1]
         image = torch.repeat_interleave(torch.tensor([len(p) for p in proposals], device=device))  # [R]
         level = self.assign_levels(boxes)  # [R]
 
         grids = torch.tensor([[f.shape[3], f.shape[2]] for f in fmaps], device=device)  # [L, 2] columns, rows
-        # A stride is a power of two, also where an odd size was rounded up on the way.
-        strides = torch.tensor([2.0 ** round(math.log2(image_size[0] / f.shape[2])) for f in fmaps], device=device)
+        strides = torch.tensor([2.0**k for k in range(self.k_min, self.k_min + len(fmaps))], device=device)  # [L]
         cells_of_level = grids.prod(dim=1)  # [L] of one image
         first_of_level = (cells_of_level * len(fmaps[0])).cumsum(0) - cells_of_level * len(fmaps[0])  # [L]
         first = first_of_level[level] + image * cells_of_level[level]  # [R] row of the table where its map begins
@@ -1397,11 +1536,12 @@ class FasterRCNN(nn.Module):
             Regression targets; of meaning where the label is above 0.
         """
         sampled, labels, expected = [], [], []
-        for boxes, target in zip(proposals, targets, strict=True):
+        generators = image_generators(targets, proposals[0].device)
+        for boxes, target, generator in zip(proposals, targets, generators, strict=True):
             gt_boxes = target["boxes"].to(boxes)
             boxes = torch.cat((boxes, gt_boxes))  # [K_i + K, 4] so that there are positives from the first step on
             is_object, matched = match_boxes(boxes, gt_boxes, self.ROI_POS_THR, self.ROI_POS_THR, False)
-            chosen = torch.cat(sample_boxes(is_object, self.ROI_BATCH, self.ROI_POS_FRAC))
+            chosen = torch.cat(sample_boxes(is_object, self.ROI_BATCH, self.ROI_POS_FRAC, generator))
             is_object, matched, boxes = is_object[chosen], matched[chosen], boxes[chosen]
             sampled.append(boxes)
             if len(gt_boxes):
@@ -1462,7 +1602,159 @@ def full_faster_rcnn() -> FasterRCNN:
     return FasterRCNN(backbone=ResNet50())
 
 
-MODELS: dict[str, Callable[[], FasterRCNN]] = {"tiny": tiny_faster_rcnn, "full": full_faster_rcnn}
+def coco_faster_rcnn() -> FasterRCNN:
+    """What torchvision's COCO weights mean something in; still random: see `load_coco_weights`.
+
+    The differences to the defaults of this file: anchors centred on the corner of their cell, ratios counted as
+    height / width, corners rounded, strides from the sizes; batch norm with eps 0; ROIAlign without the half pixel;
+    other limits. Stem and layer1 are frozen, as published.
+    """
+    max_log_scale = math.log(1000 / 16)
+    anchors = AnchorGenerator(strides=None, offset=0, inverse_ratios=True, rounded=True)
+    rpn = RegionProposalNetwork(
+        RPNHead(), anchors, (2000, 1000), (2000, 1000), min_sz=1e-3, max_log_scale=max_log_scale
+    )
+    model = FasterRCNN(
+        backbone=ResNet50(norm=functools.partial(FrozenBatchNorm2d, eps=0.0), frozen_stages=2),
+        rpn=rpn,
+        roi_align=ROIAlign(aligned=False, level_eps=1e-6),
+        max_log_scale=max_log_scale,
+        min_detection=1e-2,
+    )
+    model.name = "coco"
+    return model
+
+
+MODELS: dict[str, Callable[[], FasterRCNN]] = {
+    "tiny": tiny_faster_rcnn,
+    "full": full_faster_rcnn,
+    "coco": coco_faster_rcnn,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Published weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+# torchvision's names (its published files use older ones, without the ".0") and ours.
+_TORCHVISION_NAMES = (
+    (r"^backbone\.body\.", "backbone."),
+    (r"^backbone\.conv1\.", "backbone.stem.0."),
+    (r"^backbone\.bn1\.", "backbone.stem.1."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.", r"fpn.lateral.\1."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)(\.0)?\.", r"fpn.output.\1."),
+    (r"^rpn\.head\.conv(\.0\.0)?\.", "rpn.head.conv."),
+    (r"^rpn\.head\.cls_logits\.", "rpn.head.objectness."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn.head.deltas."),
+    (r"^roi_heads\.box_head\.fc6\.", "box_head.fc1."),
+    (r"^roi_heads\.box_head\.fc7\.", "box_head.fc2."),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "predictor.cls."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "predictor.box."),
+)
+
+
+def _our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for name, value in state_dict.items():
+        for theirs, ours in _TORCHVISION_NAMES:
+            name = re.sub(theirs, ours, name)
+        renamed[name] = value
+    return renamed
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], origin: object) -> None:
+    """Put ``weights`` into a module: all of them or none.
+
+    Raises
+    ------
+    ValueError
+        An entry that is missing, extra or of another shape; names the first and says how many there are.
+    """
+    mine = module.state_dict()
+    counters = {key for key in mine | weights if key.endswith("num_batches_tracked")}  # files are with and without
+    differing = [f"{key} is missing" for key in mine.keys() - weights.keys() - counters]
+    differing += [f"{key} is unknown to the model" for key in weights.keys() - mine.keys() - counters]
+    differing += [
+        f"{key} is {list(weights[key].shape)} and not {list(mine[key].shape)}"
+        for key in mine.keys() & weights.keys()
+        if weights[key].shape != mine[key].shape
+    ]
+    if differing:
+        raise ValueError(f"{origin} does not fit the model in {len(differing)} entries: {sorted(differing)[0]}")
+    module.load_state_dict(weights, strict=False)
+
+
+def published_weights(weights: WeightsEnum) -> dict[str, Tensor]:
+    """A published file as a state dict: from torchvision's cache, else over the network into it.
+
+    Raises
+    ------
+    ConnectionError
+        Neither there; says what to download, and where to put it.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
+    if not file.exists() and not _answers(lambda: urllib.request.urlopen(weights.url, timeout=NETWORK_TIMEOUT).close()):
+        raise ConnectionError(f"no network for the published weights: download {weights.url} and put it at {file}")
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file, a dropped connection, a pickle with code in it
+        raise ValueError(f"{file} cannot be used ({_first_line(error)}): delete it and try again") from error
+
+
+def load_imagenet_backbone(model: FasterRCNN, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Start the backbone from torchvision's ImageNet weights (``ResNet50_Weights.IMAGENET1K_V1``).
+
+    Parameters
+    ----------
+    model : FasterRCNN
+        With a backbone of width 64.
+    state_dict : dict, optional
+        Of ``torchvision.models.resnet50``. None: the published one (see `published_weights`).
+
+    Raises
+    ------
+    ValueError, ConnectionError
+        Entries that do not fit, named; no network and no file.
+    """
+    origin = ResNet50_Weights.IMAGENET1K_V1
+    state_dict = published_weights(origin) if state_dict is None else state_dict
+    weights = _our_names({f"backbone.{name}": value for name, value in state_dict.items()})
+    for classifier in ("backbone.fc.weight", "backbone.fc.bias"):  # of ImageNet's 1000 classes
+        weights.pop(classifier, None)
+    load_weights(model.backbone, {name.removeprefix("backbone."): value for name, value in weights.items()}, origin)
+
+
+def load_coco_weights(model: FasterRCNN, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Load torchvision's detector (``FasterRCNN_ResNet50_FPN_Weights.COCO_V1``): 37.0 AP on COCO val2017.
+
+    Parameters
+    ----------
+    model : FasterRCNN
+        `coco_faster_rcnn`: elsewhere the same weights mean something else.
+    state_dict : dict, optional
+        Of ``torchvision.models.detection.fasterrcnn_resnet50_fpn``. None: the published one (see `published_weights`).
+        Of its 91 outputs the 81 that COCO uses are taken.
+
+    Raises
+    ------
+    ValueError, ConnectionError
+        Entries that do not fit, named; no network and no file.
+    """
+    origin = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+    load_weights(model, coco_from_torchvision(published_weights(origin) if state_dict is None else state_dict), origin)
+
+
+def coco_from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's detector under this file's names, with the 81 outputs that COCO uses picked out of its 91."""
+    weights = _our_names(state_dict)
+    published = COCO_CATEGORY_IDS[-1] + 1  # outputs: one for each id up to 90, used or not
+    for name in ("predictor.cls.weight", "predictor.cls.bias", "predictor.box.weight", "predictor.box.bias"):
+        value = weights.get(name)
+        per_class = 1 if "cls" in name else 4
+        if value is not None and len(value) == published * per_class:
+            used = value.unflatten(0, (published, per_class))[list(COCO_CATEGORY_IDS)]  # [81, 1 or 4, …]
+            weights[name] = used.flatten(0, 1)
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1511,6 +1803,15 @@ def _batches(loader: DataLoader, state: dict, generators: dict | None) -> Iterat
         state.update(epoch=state["epoch"] + 1, rows={}, last=-1)
 
 
+def _gather(value: object) -> list:
+    """The values of all processes, in the order of their ranks, on each of them."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def _generator_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
@@ -1535,7 +1836,7 @@ def train(
     run: dict | None = None,
     after_step: Callable[[int, dict], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Train for a number of steps, on the device that the model is on.
+    """Train for a number of steps, on the device that the model is on; under torchrun, on all processes together.
 
     Parameters
     ----------
@@ -1546,7 +1847,8 @@ def train(
     steps : int
         Steps of the whole run, those before a resume included.
     recipe : callable
-        ``(model, steps, batch) -> (optimizer, schedule)``: `one_cycle` or `step_decay`.
+        ``(model, steps, batch) -> (optimizer, schedule)``: `one_cycle` or `step_decay`. The batch is that of all
+        processes.
     clip_norm : float
         Longest gradient, over all parameters together.
     amp : {"off", "bf16", "fp16"}
@@ -1572,6 +1874,7 @@ def train(
     FloatingPointError
         A loss that is not finite; names the step, the losses and the images of the batch.
     """
+    rank, world = process_rank()
     if steps < 1 or save_every < 1 or amp not in ("off", "bf16", "fp16"):
         raise ValueError(
             f"steps and save_every must be at least 1 and amp off, bf16 or fp16, got {steps}, {save_every}, {amp}"
@@ -1579,8 +1882,8 @@ def train(
     device = next(model.parameters()).device
     if amp == "fp16" and device.type != "cuda":
         raise ValueError("amp fp16 needs CUDA; on this device there is bf16")
-    run = {"steps": steps, "batch": loader.batch_size, "amp": amp} | (run or {})
-    optimizer, schedule = recipe(model, steps, loader.batch_size)
+    run = {"steps": steps, "batch": loader.batch_size, "amp": amp, "processes": world} | (run or {})
+    optimizer, schedule = recipe(model, steps, loader.batch_size * world)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if resume and checkpoint_path and Path(checkpoint_path).exists():
@@ -1589,15 +1892,16 @@ def train(
         history = {name: [] for name in ("step", "lr", "loss", *LOSS_NAMES)}
         stream, generators = {"epoch": 0, "rows": {}, "last": -1}, None
         if resume:
-            print(f"no checkpoint at {checkpoint_path} yet: starting at step 0")
+            say(f"no checkpoint at {checkpoint_path} yet: starting at step 0")
 
     model.train()
+    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients over processes
     batches = _batches(loader, stream, generators)
     start = len(history["step"])
-    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit="step", mininterval=1.0)
+    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit="step", mininterval=1.0, disable=rank > 0)
     for step in bar:
         images, targets = next(batches)
-        losses, finite = _train_step(model, images, targets, optimizer, scaler, clip_norm, amp)
+        losses, finite = _train_step(replica, images, targets, optimizer, scaler, clip_norm, amp)
         if not finite:
             ids = [target["image_id"] for target in targets]
             raise FloatingPointError(
@@ -1608,10 +1912,11 @@ def train(
         schedule.step()
         bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
         if checkpoint_path and (step % save_every == 0 or step == steps):
-            state = {"step": step, "run": run, "history": history, "stream": stream, "generators": _generator_states()}
-            save_checkpoint(
-                checkpoint_path, model, **state, **{name: part.state_dict() for name, part in parts.items()}
-            )
+            state = {"step": step, "run": run, "history": history}
+            state["processes"] = _gather({"stream": stream, "generators": _generator_states()})
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            if rank == 0:
+                save_checkpoint(checkpoint_path, model, **state)
         if after_step:
             after_step(step, history)
             model.train()
@@ -1627,12 +1932,13 @@ def _resume(path: str | Path, model: FasterRCNN, parts: dict, run: dict, dataset
         raise ValueError(f"{path} belongs to another run: {', '.join(differing)}")
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    dataset.resume(saved["stream"] | {"rows": dict(saved["stream"]["rows"])})
-    return saved["history"], saved["stream"], saved["generators"]
+    mine = saved["processes"][process_rank()[0]]
+    dataset.resume(mine["stream"] | {"rows": dict(mine["stream"]["rows"])})
+    return saved["history"], mine["stream"], mine["generators"]
 
 
 def _train_step(
-    model: FasterRCNN,
+    model: nn.Module,
     images: Tensor,
     targets: list[dict],
     optimizer: torch.optim.Optimizer,
@@ -1646,9 +1952,11 @@ def _train_step(
     targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype=dtype, enabled=amp != "off"):
-        losses = model(images, targets)
+        losses = model(images, targets, **sizes_without_padding(images, targets))
         loss = sum(losses.values())
-    values = {"loss": loss.item()} | {name: losses[name].item() for name in LOSS_NAMES}
+    reported = torch.stack([loss, *(losses[name] for name in LOSS_NAMES)]).detach()  # [5]
+    # All processes see the same figures, and stop together.
+    values = dict(zip(("loss", *LOSS_NAMES), mean_over_processes(reported).tolist(), strict=True))
     if not math.isfinite(values["loss"]):
         return values, False
     optimizer.zero_grad(set_to_none=True)
@@ -1683,7 +1991,7 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
     Parameters
     ----------
     path : path
-        What `save_checkpoint` wrote.
+        What `save_checkpoint` wrote; or torchvision's own file of COCO weights, for `coco_faster_rcnn`.
     model : FasterRCNN, optional
         Takes the weights. None: the model that the checkpoint names is built, on `DEVICE`.
 
@@ -1702,6 +2010,8 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if model is None and "roi_heads.box_head.fc6.weight" in state:
+            state = {"model_name": "coco", "model": coco_from_torchvision(state)}
         name, weights = state.pop("model_name"), dict(state.pop("model"))
     except Exception as error:  # a torn zip, a pickle with code in it, another program's file: all mean the same here
         raise ValueError(f"{path} is no whole checkpoint of this program ({type(error).__name__})") from error
@@ -1709,19 +2019,7 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         if name not in MODELS:
             raise ValueError(f"{path} holds a model called {name!r}; known are {sorted(MODELS)}")
         model = MODELS[name]().to(DEVICE)
-    mine = model.state_dict()
-    differing = [f"{key}: missing in the file" for key in mine.keys() - weights.keys()]
-    differing += [f"{key}: unknown to the model" for key in weights.keys() - mine.keys()]
-    differing += [
-        f"{key}: {list(weights[key].shape)} in the file, {list(mine[key].shape)} in the model"
-        for key in mine.keys() & weights.keys()
-        if weights[key].shape != mine[key].shape
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} is of another model ({name}); {len(differing)} weights differ, {sorted(differing)[0]}"
-        )
-    model.load_state_dict(weights)
+    load_weights(model, weights, f"{path} ({name})")
     return model, state
 
 
@@ -1797,6 +2095,9 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
         unknown = [image["id"] for image in images if image["id"] not in coco.imgs]
         if unknown:
             raise ValueError(f"{annotations} does not hold {len(unknown)} of the images, such as image_id {unknown[0]}")
+        if len(images) < len(coco.imgs):
+            part = f"{len(images)} of the {len(coco.imgs)} images of {annotations}"
+            warnings.warn(f"evaluated on {part}: not COCO's figure of record", stacklevel=2)
         none_found = COCO()  # `loadRes` does not take an empty list
         none_found.dataset = {"images": images, "annotations": [], "categories": categories}
         none_found.createIndex()
@@ -1808,10 +2109,22 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
     return evaluation
 
 
-def _to_original(boxes: Tensor, orig_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Boxes ``[N, 4]`` from pixels of the input of ``size`` (height, width) to those of the original image."""
-    scale_y, scale_x = orig_size[0] / size[0], orig_size[1] / size[1]
-    return boxes.cpu() * torch.tensor([scale_x, scale_y, scale_x, scale_y])
+def rescale_result(result: dict, size: tuple[int, int], new_size: tuple[int, int]) -> dict:
+    """A copy of ``result`` on the CPU, its boxes carried over from an image of ``size`` (height, width) to another."""
+    result = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in result.items()}
+    scale_y, scale_x = new_size[0] / size[0], new_size[1] / size[1]
+    return result | {"boxes": result["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y])}
+
+
+@torch.no_grad()
+def detect(model: FasterRCNN, picture: PIL.Image.Image, image_size: int | tuple[int, int]) -> dict[str, Tensor]:
+    """Detections ``boxes`` ``[D, 4]``, ``scores``, ``labels`` on one RGB picture, in its own pixels, on the CPU.
+
+    ``image_size`` is the one that the model was trained for: see `prepare_image`.
+    """
+    pixels, size = prepare_image(picture, image_size)
+    results, _ = model.eval()(pixels[None].to(next(model.parameters()).device), image_sizes=[size])
+    return rescale_result(results[0], size, (picture.height, picture.width))
 
 
 @torch.no_grad()
@@ -1822,11 +2135,10 @@ def detect_dataset(model: nn.Module, dataset: COCOStreamDataset, batch_size: int
     model.eval()
     truth, results = [], []
     for images, targets in DataLoader(dataset, batch_size=batch_size, collate_fn=frcnn_collate_fn):
-        detections, _ = model(images.to(parameter.device))
-        size = tuple(images.shape[-2:])
+        detections, _ = model(images.to(parameter.device), **sizes_without_padding(images, targets))
         for target, found in zip(targets, detections, strict=True):
-            truth.append(target | {"boxes": _to_original(target["boxes"], target["orig_size"], size)})
-            results.append(found | {"boxes": _to_original(found["boxes"], target["orig_size"], size)})
+            truth.append(rescale_result(target, target["size"], target["orig_size"]))
+            results.append(rescale_result(found, target["size"], target["orig_size"]))
     model.train(was_training)
     return truth, results
 
@@ -1834,8 +2146,12 @@ def detect_dataset(model: nn.Module, dataset: COCOStreamDataset, batch_size: int
 def evaluate(
     model: nn.Module, dataset: COCOStreamDataset, batch_size: int = 8, annotations: str | Path | None = None
 ) -> dict[str, float]:
-    """The twelve COCO figures by name (`COCO_FIGURES`); -1 where no object is of that size. See `coco_evaluation`."""
-    truth, results = detect_dataset(model, dataset, batch_size)
+    """The twelve COCO figures by name (`COCO_FIGURES`); -1 where no object is of that size. See `coco_evaluation`.
+
+    Under torchrun each process detects on its share of the images, and all get the figures of the whole.
+    """
+    shares = _gather(detect_dataset(model, dataset, batch_size))
+    truth, results = (list(itertools.chain.from_iterable(share[i] for share in shares)) for i in (0, 1))
     if not truth:
         raise ValueError(f"{dataset.source} gives not one image to evaluate on")
     return dict(zip(COCO_FIGURES, coco_evaluation(truth, results, annotations).stats.tolist(), strict=True))
@@ -1892,7 +2208,7 @@ def draw_boxes(
     boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).tolist()
     labels = [None] * len(boxes) if labels is None else [int(label) for label in labels]
-    scores = [None] * len(boxes) if scores is None else [float(score) for score in scores]
+    scores = [None] * len(boxes) if scores is None else torch.as_tensor(scores).tolist()
     for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True):
         shade = color or PALETTE[(label or 0) % len(PALETTE)]
         box = matplotlib.patches.Rectangle(
@@ -1910,6 +2226,20 @@ def draw_boxes(
             x, ha, va = x2 if right else x1, "right" if right else "left", "top" if low else "bottom"
             ink = "black" if sum(matplotlib.colors.to_rgb(shade)) > _LIGHT else "white"
             ax.text(x, y1, " ".join(words), fontsize=fontsize, color=ink, va=va, ha=ha, bbox=label_box)
+
+
+def picture_with_detections(
+    picture: PIL.Image.Image, found: dict[str, Tensor], shortest: int = 400, longest: int = 1600
+) -> matplotlib.figure.Figure:
+    """A figure of the picture and its boxes alone, without a frame; its long side within the two limits, pixels."""
+    dpi, least = 100, 32
+    scale = min(max(max(picture.size), shortest), longest) / max(picture.size)
+    size = [max(least, round(side * scale)) for side in picture.size]  # width, height
+    figure = matplotlib.figure.Figure(figsize=(size[0] / dpi, size[1] / dpi), dpi=dpi)
+    small = picture.resize(size, PIL.Image.Resampling.BILINEAR, reducing_gap=2.0)
+    found = rescale_result(found, (picture.height, picture.width), (small.height, small.width))
+    draw_boxes(figure.add_axes((0, 0, 1, 1)), small, **found)
+    return figure
 
 
 def with_sliders(draw: Callable, **controls: object) -> None:
@@ -1936,11 +2266,16 @@ def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
 # 12. Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What a run of each model takes where nothing else is said. full: 12 epochs of COCO's 118,287 training images.
+COCO_TRAIN_IMAGES = 118_287
+
+# What a run of each model takes where nothing else is said; ``images`` over the whole run, ``batch`` of one process.
 TRAIN_DEFAULTS = {
-    "tiny": {"image_size": TINY_IMAGE_SIZE, "steps": TINY_STEPS, "batch": TINY_BATCH, "recipe": one_cycle},
-    "full": {"image_size": IMG_SIZE, "steps": 12 * 118_287 // 16, "batch": 16, "recipe": step_decay},
+    "tiny": {"image_size": TINY_IMAGE_SIZE, "images": TINY_STEPS * TINY_BATCH, "batch": TINY_BATCH, "weights": "none"},
+    "full": {"image_size": IMG_SIZE, "images": 12 * COCO_TRAIN_IMAGES, "batch": 16, "weights": "none"},
+    "coco": {"image_size": (800, 1333), "images": 12 * COCO_TRAIN_IMAGES, "batch": 2, "weights": "coco"},
 }
+RECIPES = {"tiny": one_cycle, "full": step_decay, "coco": step_decay}
+START_WEIGHTS = {"none": lambda model: None, "imagenet": load_imagenet_backbone, "coco": load_coco_weights}
 _SHUFFLE_BUFFER, _FLIP = 1000, 0.5  # rows; share of mirrored images. Of a whole data set
 
 
@@ -1965,10 +2300,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     train_parser = commands.add_parser("train", help="train a detector, or continue where its checkpoint ends")
     train_parser.add_argument("--model", choices=sorted(MODELS), required=True)
     train_parser.add_argument("--steps", type=_at_least(1), help="of the whole run (default: by model)")
-    train_parser.add_argument("--batch", type=_at_least(1), help="images a step (default: by model)")
+    train_parser.add_argument("--batch", type=_at_least(1), help="images a step and process (default: by model)")
     train_parser.add_argument(
-        "--image-size", type=_at_least(1), help="side of the square input, pixels (default: by model)"
+        "--image-size", type=_at_least(1), help="side of the square input; coco: short side; pixels (default: by model)"
     )
+    train_parser.add_argument("--weights", choices=sorted(START_WEIGHTS), help="to start from (default: by model)")
     train_parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
     train_parser.add_argument("--seed", type=_at_least(0), default=0)
     train_parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
@@ -1977,41 +2313,50 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     evaluate_parser = commands.add_parser("evaluate", help="the twelve COCO figures of a checkpoint")
     evaluate_parser.add_argument("--split", choices=("train", "val"), default="val")
     evaluate_parser.add_argument("--annotations", type=Path, help="COCO's own instances_val2017.json")
+    detect_parser = commands.add_parser("detect", help="draw detections on photographs")
+    detect_parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or folders of them")
+    detect_parser.add_argument("--out", type=Path, required=True, help="folder for pictures and detections.json")
+    for sub in (train_parser, evaluate_parser, detect_parser):
+        sub.add_argument(
+            "--checkpoint", type=Path, required=True, help="of train; evaluate and detect take torchvision's as well"
+        )
     for sub in (train_parser, evaluate_parser):
         sub.add_argument(
             "--source", help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
         )
         sub.add_argument("--max-samples", type=_at_least(1), help="use only the first so many images, in their order")
-        sub.add_argument("--checkpoint", type=Path, required=True)
     return parser.parse_args(arguments)
 
 
 def _train_command(args: argparse.Namespace) -> dict:
     if args.checkpoint.is_dir():
         raise ValueError(f"--checkpoint {args.checkpoint} is a folder; name a file")
-    settings = {k: getattr(args, k, None) or v for k, v in TRAIN_DEFAULTS[args.model].items()}
-    recipe, steps, batch = settings.pop("recipe"), settings.pop("steps"), settings.pop("batch")
+    world = process_rank()[1]
+    default = TRAIN_DEFAULTS[args.model]
+    batch, weights = args.batch or default["batch"], args.weights or default["weights"]
+    steps = args.steps or default["images"] // (batch * world)
+    image_size = args.image_size or default["image_size"]
+    if args.model == "coco" and args.image_size:
+        shortest, longest = default["image_size"]
+        image_size = (args.image_size, args.image_size * longest // shortest)
     torch.manual_seed(args.seed)
     model = MODELS[args.model]().to(DEVICE)
-    dataset = COCOStreamDataset("train", args.max_samples, args.source, seed=args.seed, **settings)
+    if not (args.resume and args.checkpoint.exists()):
+        START_WEIGHTS[weights](model)
+    dataset = COCOStreamDataset("train", args.max_samples, args.source, image_size, seed=args.seed)
     if dataset.source != "glyphs" and args.max_samples is None:  # scenes are independent; a chosen few keep their order
         dataset.shuffle_buffer, dataset.flip = _SHUFFLE_BUFFER, _FLIP
     loader = DataLoader(
         dataset, batch, num_workers=args.workers, collate_fn=frcnn_collate_fn, pin_memory=DEVICE.type == "cuda"
     )
-    run = settings | {
-        "model": args.model,
-        "source": dataset.source,
-        "max_samples": args.max_samples,
-        "seed": args.seed,
-        "workers": args.workers,
-    }
+    run = {name: getattr(args, name) for name in ("model", "max_samples", "seed", "workers")}
+    run |= {"source": dataset.source, "image_size": image_size, "weights": weights}
     started, done = time.perf_counter(), []
     history = train(
         model,
         loader,
         steps,
-        recipe,
+        RECIPES[args.model],
         amp=args.amp,
         checkpoint_path=args.checkpoint,
         save_every=args.save_every,
@@ -2021,24 +2366,85 @@ def _train_command(args: argparse.Namespace) -> dict:
     )
     seconds = time.perf_counter() - started
     losses = {name: history[name][-1] for name in ("loss", *LOSS_NAMES)}
-    return {"steps": steps, "seconds": seconds, "images_per_second": len(done) * batch / seconds, "losses": losses}
+    rate = len(done) * batch * world / seconds
+    return {"steps": steps, "seconds": seconds, "images_per_second": rate, "losses": losses}
+
+
+def _load_for_use(path: Path) -> tuple[FasterRCNN, int | tuple[int, int]]:
+    """The model in a checkpoint, and the input size that it was trained for."""
+    model, state = load_checkpoint(path)
+    return model, state.get("run", {}).get("image_size") or TRAIN_DEFAULTS[model.name]["image_size"]
 
 
 def _evaluate_command(args: argparse.Namespace) -> dict:
     if args.annotations and not args.annotations.is_file():
         raise FileNotFoundError(f"no annotations at {args.annotations}")
-    model, state = load_checkpoint(args.checkpoint)
-    image_size = state.get("run", {}).get("image_size") or TRAIN_DEFAULTS[model.name]["image_size"]
+    model, image_size = _load_for_use(args.checkpoint)
     dataset = COCOStreamDataset(args.split, args.max_samples, args.source, image_size)
     return evaluate(model, dataset, annotations=args.annotations)
+
+
+def _find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The files as they are named; of a folder those with the ending of a picture, in the order of their names."""
+    endings, found = PIL.Image.registered_extensions(), []
+    for path in paths:
+        inside = sorted(p for p in path.glob("*") if p.suffix.lower() in endings) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"{path} holds no picture")
+        found += inside
+    return found
+
+
+def _detect_command(args: argparse.Namespace) -> dict:
+    """Draw every picture into ``--out`` and write one ``detections.json``; one that cannot be read costs one line."""
+    model, image_size = _load_for_use(args.checkpoint)
+    paths = _find_pictures(args.images)
+    args.out.mkdir(parents=True, exist_ok=True)
+    records = []
+    for path in tqdm(paths, unit="image", disable=len(paths) == 1):
+        try:
+            picture = decode_image(path.read_bytes())
+        except Exception as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
+            tqdm.write(f"frcnn_common: {path} is no picture that can be read: {_first_line(error)}", file=sys.stderr)
+            continue
+        found = detect(model, picture, image_size)
+        name = f"{len(records):04d}_{path.stem}.jpg"  # numbered: two folders may hold files of one name
+        picture_with_detections(picture, found).savefig(args.out / name)
+        columns = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+        boxes = [
+            {"box": box, "score": score, "label": COCO_NAMES[label], "category_id": COCO_CATEGORY_IDS[label]}
+            for box, score, label in columns
+        ]
+        size = {"width": picture.width, "height": picture.height}
+        records.append({"image": str(path), "drawn": name, **size, "detections": boxes})
+    (args.out / "detections.json").write_text(json.dumps(records, indent=1))
+    detections = sum(len(record["detections"]) for record in records)
+    return {"images": len(records), "detections": detections, "failed": len(paths) - len(records)}
+
+
+@contextlib.contextmanager
+def _joined_processes() -> Iterator[None]:
+    """Join the processes that torchrun has started, if it has."""
+    if "LOCAL_RANK" in os.environ:
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: the result as one JSON object on the last line of stdout, or one line on stderr and code 2."""
     try:
         args = _parse(arguments)
-        command = {"train": _train_command, "evaluate": _evaluate_command}[args.command]
-        print(json.dumps(command(args)))
+        command = {"train": _train_command, "evaluate": _evaluate_command, "detect": _detect_command}[args.command]
+        with _joined_processes():
+            result = command(args)
+            say(json.dumps(result))
+        return 2 if result.get("failed") else 0
     except (ValueError, OSError, FloatingPointError) as error:
         # Of an error that a worker passed on only the last line is the message, the rest is its traceback.
         message = str(error).strip() or type(error).__name__
@@ -2047,7 +2453,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("frcnn_common: stopped; the last checkpoint holds", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -65,12 +65,18 @@ def no_deltas(count: int, classes: int = CLASSES) -> torch.Tensor:
 # --- contract --------------------------------------------------------------------------------------------------------
 
 
-def test_module_imports_nothing_of_torchvision():
+def test_module_takes_published_weights_and_nothing_else_from_torchvision():
     tree = ast.parse(Path(frcnn.__file__).read_text(encoding="utf-8"))
     imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert "torch" in imported
-    assert [name for name in imported if name.split(".")[0] == "torchvision"] == []
+    assert {n for n in imported if n.startswith("torchvision")} == {
+        "torchvision.models",
+        "torchvision.models.detection",
+    }
+    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    assert {"ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights"} <= names
+    assert not {n for n in names if n.endswith(("rcnn", "rpn", "nms", "ops"))}
 
 
 def test_settings_are_the_papers():
