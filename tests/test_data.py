@@ -670,3 +670,102 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     hub(lambda: pytest.fail("the Hub was asked"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert not frcnn._hub_answers()
+
+
+# --- a stream that breaks off ----------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Stands between the stream and its reader and drops the connection after so many rows, again and again."""
+
+    def __init__(self, stream, rows_until_fault: list[int]) -> None:
+        self.stream, self.rows_until_fault, self.opened = stream, rows_until_fault, 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def iter(self, batch_size):
+        self.opened += 1
+        limit = self.rows_until_fault.pop(0) if self.rows_until_fault else None
+        for count, batch in enumerate(self.stream.iter(batch_size)):
+            if count == limit:
+                raise ConnectionResetError("the line was cut")
+            yield batch
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """``remote(faults)`` → (a data set of 12 rows that passes for one on the Hub, its faulty stream, waits)."""
+    waits = []
+    monkeypatch.setattr(frcnn.time, "sleep", waits.append)
+
+    def build(faults: list[int], **options):
+        dataset = stream(write(tmp_path / "data", [row(i) for i in range(12)]), **options)
+        dataset.source = frcnn.HUB_SOURCE
+        faulty = []
+
+        def split(stream, *arguments, **named):
+            faulty.append(Faulty(real(stream, *arguments, **named), faults))
+            return faulty[-1]
+
+        real = frcnn.split_dataset_by_node
+        monkeypatch.setattr(frcnn, "split_dataset_by_node", split)
+        return dataset, faulty, waits
+
+    return build
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 5])
+@pytest.mark.filterwarnings("ignore:.*broke off")
+def test_a_dropped_connection_loses_and_doubles_nothing(shuffle_buffer, remote):
+    dataset, faulty, waits = remote([3, 3, 7], shuffle_buffer=shuffle_buffer)
+    assert sorted(image_ids(dataset)) == list(range(12))
+    assert faulty[0].opened == 4
+    assert waits == [1, 2, 1]  # the second try got no further: it waited longer; the third fault came after progress
+
+
+def test_each_try_is_told(remote):
+    dataset, _, _ = remote([3])
+    with pytest.warns(UserWarning, match=r"coco broke off \(the line was cut\); next try in 1 s"):
+        image_ids(dataset)
+
+
+@pytest.mark.filterwarnings("ignore:.*broke off")
+def test_a_network_that_stays_away_is_a_clear_end(remote):
+    dataset, _, waits = remote([4] * 100)
+    with pytest.raises(ValueError, match=r"coco cannot be read further: the line was cut"):
+        image_ids(dataset)
+    assert waits == list(frcnn.RETRY_DELAYS)
+
+
+def test_a_damaged_folder_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(frcnn.time, "sleep", lambda seconds: pytest.fail("waited"))
+    dataset = stream(write(tmp_path / "data", [row(i) for i in range(4)]))
+    monkeypatch.setattr(frcnn, "split_dataset_by_node", lambda s, *_, **__: Faulty(s, [1]))
+    with pytest.raises(ValueError, match="cannot be read further"):
+        image_ids(dataset)
+
+
+# --- images that keep their aspect -----------------------------------------------------------------------------------
+
+
+def test_aspect_is_kept_with_boxes_and_true_sizes(tmp_path):
+    folder = write(
+        tmp_path / "data",
+        [row(1, size=(40, 20), boxes=[(4, 2, 20, 10)]), row(2, size=(20, 30), boxes=[(5, 6, 10, 12)])],
+    )
+    dataset = stream(folder, image_size=(64, 100))
+    images, targets = next(iter(DataLoader(dataset, 2, collate_fn=frcnn.frcnn_collate_fn)))
+    assert images.shape == (2, 3, 96, 128)
+    assert [target["size"] for target in targets] == [(50, 100), (96, 64)]  # 100 is the limit; short side 64
+    assert [target["orig_size"] for target in targets] == [(20, 40), (30, 20)]
+    torch.testing.assert_close(targets[0]["boxes"], torch.tensor([[10.0, 5, 50, 25]]))
+    torch.testing.assert_close(targets[1]["boxes"], torch.tensor([[16.0, 19.2, 32, 38.4]]))
+    assert images[0, :, 50:].abs().sum() == images[0, :, :, 100:].abs().sum() == 0
+    assert images[0, :, :50, :100].abs().min() > 0
+
+
+def test_a_flip_of_an_image_that_keeps_its_aspect(tmp_path):
+    folder = write(tmp_path / "data", [row(1, size=(40, 20), boxes=[(4, 2, 20, 10)])])
+    ((_, target),) = stream(folder, image_size=(64, 100), flip=1.0)
+    torch.testing.assert_close(target["boxes"], torch.tensor([[50.0, 5, 90, 25]]))
