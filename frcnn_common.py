@@ -1066,9 +1066,9 @@ def image_generators(targets: Sequence[dict], device: torch.device) -> list[torc
 
     Several processes with a part of the batch each then draw what one process draws with all of it.
     """
-    step = int(torch.randint(2**31, ()))
+    step, spread, seeds = int(torch.randint(2**32, ())), 2_654_435_761, 2**32  # a CPU generator reads 32 bits
     ids = [int(target.get("image_id", i)) for i, target in enumerate(targets)]
-    return [torch.Generator(device).manual_seed((step << 32) + image_id % 2**32) for image_id in ids]
+    return [torch.Generator(device).manual_seed((step + spread * image_id) % seeds) for image_id in ids]
 
 
 def sample_boxes(

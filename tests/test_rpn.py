@@ -201,6 +201,20 @@ def test_samples_are_drawn_at_random():
     assert max(draws[0]) > 1000
 
 
+def test_every_step_draws_anew_for_every_image():
+    targets = [{"image_id": i} for i in (3, 4)]
+
+    def draw(targets):
+        generators = frcnn.image_generators(targets, torch.device("cpu"))
+        return [torch.randperm(1000, generator=generator)[:50].tolist() for generator in generators]
+
+    torch.manual_seed(0)
+    first, second = draw(targets), draw(targets)
+    assert len({tuple(drawn) for drawn in first + second}) == 4
+    torch.manual_seed(0)
+    assert draw(targets[1:]) == first[1:]  # whatever else is in the batch
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
