@@ -62,7 +62,7 @@ def test_one_line_reports_the_run(two):
     result = json.loads(line)
     assert result["steps"] == 30
     assert result["images_per_second"] * result["seconds"] == pytest.approx(240)
-    assert two[1].stderr.count("30/30") == 1  # one bar
+    assert two[1].stderr.count("| 0/30 ") == 1  # one bar
 
 
 def test_one_checkpoint_that_one_process_can_load(two):
