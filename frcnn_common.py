@@ -229,7 +229,7 @@ def decode_boxes(
     return torch.cat((centre - half, centre + half), dim=-1)  # [..., 4]
 
 
-_NMS_BLOCK = 128  # boxes settled together; larger blocks do more work, smaller ones more calls
+_NMS_BLOCK, _NMS_RIVALS = 256, 512  # boxes settled together; kept ones met at a time: what fits into the cache
 
 
 def _float32_below(threshold: float) -> float:
@@ -263,19 +263,26 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     by_score = scores.argsort(descending=True, stable=True)  # [N]
     order = by_score[groups[by_score].argsort(stable=True)]  # [N] by group, then score
     boxes, groups = boxes.float()[order], groups[order]  # [N, 4], [N]
-    areas = box_area(boxes)  # [N]
-    several = bool(len(groups)) and bool(groups[0] != groups[-1])
+    number = torch.cat((groups[:1] * 0, (groups[1:] != groups[:-1]).cumsum(0)))  # [N] 0, 1, 2, …: exact as a float
+    rows = torch.stack((*boxes.unbind(1), box_area(boxes), number.float()))  # [6, N] x1, y1, x2, y2, area, group
+    several = bool(len(order)) and bool(number[-1] > 0)
 
-    def suppresses(winners: Tensor, losers: Tensor) -> Tensor:  # positions [P], [Q] -> [P, Q]
-        shared = _intersection(boxes[winners], boxes[losers])
-        over = shared / (areas[winners, None] + areas[losers] - shared) > threshold  # 0/0 is NaN: not above
-        return over & (groups[winners, None] == groups[losers]) if several else over
+    def suppresses(winners: Tensor, losers: Tensor) -> Tensor:  # [6, P], [6, Q] -> [P, Q]
+        winners, losers = winners[:, :, None], losers[:, None]  # [6, P, 1], [6, 1, Q]
+        sides = torch.minimum(winners[2:4], losers[2:4]).sub_(torch.maximum(winners[:2], losers[:2])).clamp_(min=0)
+        shared = sides[0].mul_(sides[1])  # [P, Q]
+        over = shared / (winners[4] + losers[4] - shared) > threshold  # 0/0 is NaN: not above
+        return over & (winners[5] == losers[5]) if several else over
 
-    kept = order.new_empty(0)  # positions in `order`
-    for block in torch.arange(len(order), device=order.device).split(_NMS_BLOCK):
+    kept, positions = rows[:, :0], [order[:0]]
+    for start in range(0, len(order), _NMS_BLOCK):
+        block = rows[:, start : start + _NMS_BLOCK]  # [6, Q]
+        position = torch.arange(start, start + block.shape[1], device=order.device)  # [Q]
         # Sorted by group: of all boxes kept so far only those of the block's first group can matter.
-        rivals = kept[groups[kept] == groups[block[0]]] if several else kept  # [P]
-        block = block[~suppresses(rivals, block).any(0)]
+        rivals = kept[:, kept[5] == block[5, 0]] if several else kept  # [6, P]
+        for winners in rivals.split(_NMS_RIVALS, dim=1):
+            free = ~suppresses(winners, block).any(0)  # [Q]
+            block, position = block[:, free], position[free]  # Q shrinks
         over = suppresses(block, block).triu(diagonal=1)  # [Q, Q] over[i, j]: i would suppress j
         alive = ~over.any(0)  # [Q] a first guess: nobody here suppresses me
         while True:
@@ -283,10 +290,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
             if torch.equal(settled, alive):
                 break
             alive = settled
-        kept = torch.cat((kept, block[alive]))
+        kept = torch.cat((kept, block[:, alive]), dim=1)
+        positions.append(position[alive])
 
     is_kept = torch.zeros_like(order, dtype=torch.bool)
-    is_kept[order[kept]] = True
+    is_kept[order[torch.cat(positions)]] = True
     return by_score[is_kept[by_score]]
 
 
@@ -753,9 +761,7 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` → the same shape."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()  # [C]
-        shift = self.bias - self.running_mean * scale  # [C]
-        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -1768,7 +1774,7 @@ def one_cycle(model: nn.Module, steps: int, batch: int, lr: float = 2e-3) -> tup
     """AdamW with one warm-up and one decay over the whole run: for short runs from random weights."""
     warm_up, weight_decay = 0.15, 1e-4
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warm_up)
 
 
@@ -1777,7 +1783,9 @@ def step_decay(model: nn.Module, steps: int, batch: int, lr: float = 0.02) -> tu
     reference_batch, momentum, weight_decay = 16, 0.9, 1e-4
     warm_up, first, drops, drop = min(1000, steps // 10 + 1), 1e-3, (16 / 26, 22 / 26), 0.1
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr * batch / reference_batch, momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(
+        parameters, lr * batch / reference_batch, momentum, weight_decay=weight_decay, fused=True
+    )
 
     def factor(step: int) -> float:
         return min(1.0, first + (1 - first) * step / warm_up) * drop ** sum(step >= d * steps for d in drops)
