@@ -13,11 +13,13 @@ import time
 
 import torch
 import torchvision
+from speed import keep
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, RPNHead, TwoMLPHead
 from torchvision.models.resnet import Bottleneck
+from torchvision.ops import MultiScaleRoIAlign
 
 import frcnn_common as frcnn
 
@@ -65,6 +67,9 @@ def torchvision_twin() -> FasterRCNN:
     anchors = AnchorGenerator(tuple((s,) for s in gen.anchor_sizes), (gen.aspect_ratios,) * len(gen.anchor_sizes))
     pre, post = (n if isinstance(n, tuple) else (n, n) for n in (rpn.pre_nms, rpn.post_nms))
     fc_dim = ours.box_head.fc2.out_features
+    pool = MultiScaleRoIAlign(
+        list("0123"), ours.roi_align.out_size, ours.roi_align.sampling, canonical_level=ours.roi_align.k0
+    )
     return FasterRCNN(
         NarrowBackbone(),
         min_size=frcnn.TINY_IMAGE_SIZE,
@@ -77,6 +82,7 @@ def torchvision_twin() -> FasterRCNN:
         rpn_pre_nms_top_n_test=pre[1],
         rpn_post_nms_top_n_train=post[0],
         rpn_post_nms_top_n_test=post[1],
+        box_roi_pool=pool,
         box_batch_size_per_image=ours.ROI_BATCH,
         box_positive_fraction=ours.ROI_POS_FRAC,
         box_head=TwoMLPHead(channels * 49, fc_dim),
@@ -139,6 +145,7 @@ def main() -> None:
             values = [run[key] for run in runs]
             print(f"{name}: {key} median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}")
     if theirs:
+        keep({"training": {"ours": ours, "torchvision": theirs}})
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
         print(
             f"time, ours / torchvision: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
