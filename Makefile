@@ -5,11 +5,11 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 INSTALLED := .venv/installed
 NBCONVERT := $(PY) -m jupyter nbconvert --log-level ERROR --to notebook --inplace
 
-.PHONY: help lab run test lint format bench clean
+.PHONY: help lab run test test-browser lint format bench html slides clean
 
 help: ## Print what there is
 	@echo "Faster R-CNN from scratch. Commands:"
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-22s%s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -32,6 +32,18 @@ test: $(INSTALLED) ## Run the unit tests and every notebook, without a network
 	FRCNN_STILL=1 HF_HUB_OFFLINE=1 FRCNN_DATA=glyphs FRCNN_FIGURES="$$scratch/figures" FRCNN_CHECKPOINTS="$$scratch/checkpoints" \
 		$(PY) -m pytest -q -n auto --dist worksteal --nbmake --nbmake-timeout=900 --durations=5 notebooks tests
 
+test-browser: html slides ## Open JupyterLab, the site and the slides in Chromium (Debian: chromium, chromium-driver)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get install -y -q chromium chromium-driver; } || \
+		{ echo "chromium and chromedriver are missing: sudo apt-get install chromium chromium-driver"; exit 1; }
+	$(PY) -m pytest -q tests/browser.py
+
+html: $(INSTALLED) ## Write the notebooks as a site for a room without a network: site/index.html
+	$(PY) build_site.py html
+
+slides: $(INSTALLED) ## Write a deck for each notebook: site/index.slides.html
+	$(PY) build_site.py slides
+
 lint: $(INSTALLED) ## Check style and formatting, notebooks included
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -44,4 +56,4 @@ bench: $(INSTALLED) ## Time everything against torchvision, then train both tiny
 	$(PY) benchmarks/training.py
 
 clean: ## Remove the environment, caches and checkpoints
-	rm -rf .venv .pytest_cache .ruff_cache *.egg-info __pycache__ tests/__pycache__ benchmarks/__pycache__ checkpoints
+	rm -rf .venv site .pytest_cache .ruff_cache *.egg-info __pycache__ tests/__pycache__ benchmarks/__pycache__ checkpoints

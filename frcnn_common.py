@@ -402,9 +402,9 @@ _COLUMNS = ("image_id", "image", "width", "height", "objects")
 _OBJECT_FIELDS = ("bbox_id", "category", "bbox", "area")
 
 
-def _to_corners(boxes: Tensor, bbox_format: str) -> Tensor:
+def _to_corners(boxes: np.ndarray, bbox_format: str) -> np.ndarray:
     """Boxes ``[K, 4]`` as corners, whichever way the source wrote them ("xyxy" or "xywh")."""
-    return boxes if bbox_format == "xyxy" else torch.cat((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), dim=1)
+    return boxes if bbox_format == "xyxy" else np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
 
 
 def detect_bbox_format(rows: Sequence[dict]) -> str:
@@ -422,9 +422,9 @@ def detect_bbox_format(rows: Sequence[dict]) -> str:
     broken = {"xyxy": 0, "xywh": 0}
     count = 0
     for row in rows:
-        raw = torch.tensor(row["objects"]["bbox"], dtype=torch.float64).reshape(-1, 4)  # [K, 4]
-        area = torch.tensor(row["objects"]["area"], dtype=torch.float64)  # [K]
-        size = torch.tensor([row["width"], row["height"]], dtype=torch.float64)
+        raw = np.array(row["objects"]["bbox"], dtype=np.float64).reshape(-1, 4)  # [K, 4]
+        area = np.array(row["objects"]["area"], dtype=np.float64)  # [K]
+        size = np.array([row["width"], row["height"]], dtype=np.float64)
         count += len(raw)
         for name in broken:
             corners = _to_corners(raw, name)
@@ -465,10 +465,15 @@ def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Ima
     return image.convert("RGB")
 
 
-def image_to_tensor(image: PIL.Image.Image) -> Tensor:
-    """An RGB picture as float32 ``[3, H, W]``, normalised with ImageNet's mean and standard deviation."""
+def image_to_tensor(image: PIL.Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+    """An RGB picture as float32 ``[3, H, W]``, normalised with ImageNet's mean and standard deviation.
+
+    With ``size`` (height, width) it is resized first, as Pillow's bilinear filter does it, in a quarter of the time.
+    """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
-    return (pixels.float() - 255 * IMAGENET_MEAN) / (255 * IMAGENET_STD)
+    if size not in (None, tuple(pixels.shape[1:])):
+        pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]  # [3, H', W']
+    return pixels.float().mul_(1 / (255 * IMAGENET_STD)).sub_(IMAGENET_MEAN / IMAGENET_STD)
 
 
 def prepare_image(
@@ -489,8 +494,7 @@ def prepare_image(
     """
     if isinstance(image_size, int):
         square = (image_size, image_size)
-        image = image if image.size == square else image.resize(square, PIL.Image.Resampling.BILINEAR)
-        return image_to_tensor(image), square
+        return image_to_tensor(image, square), square
     scale = min(image_size[0] / min(image.size), image_size[1] / max(image.size))
     height, width = (max(1, math.floor(side * scale)) for side in (image.height, image.width))
     pixels = image_to_tensor(image)[None]  # [1, 3, H, W]
@@ -699,23 +703,23 @@ class COCOStreamDataset(IterableDataset):
     def _sample(self, row: dict) -> tuple[Tensor, dict]:
         size = (row["width"], row["height"])
         image = decode_image(row["image"]["bytes"], size)
-        raw = torch.tensor(row["objects"]["bbox"], dtype=torch.float32).reshape(-1, 4)  # [K, 4]
-        labels = torch.tensor(row["objects"]["category"], dtype=torch.int64) + 1  # [K] 0 becomes background
-        if len(labels) and not 1 <= int(labels.min()) <= int(labels.max()) < NUM_CLASSES:
+        raw = np.array(row["objects"]["bbox"], dtype=np.float32).reshape(-1, 4)  # [K, 4]
+        labels = np.array(row["objects"]["category"], dtype=np.int64) + 1  # [K] 0 becomes background
+        if len(labels) and not 1 <= labels.min() <= labels.max() < NUM_CLASSES:
             raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {sorted(set((labels - 1).tolist()))}")
-        boxes = clip_boxes(_to_corners(raw, self.bbox_format), torch.tensor(size[::-1]))
-        area = torch.tensor(row["objects"]["area"], dtype=torch.float32)  # [K]
+        boxes = _to_corners(raw, self.bbox_format).clip(0, size * 2)
+        area = np.array(row["objects"]["area"], dtype=np.float32)  # [K]
         image_id = int(row["image_id"])
         if np.random.default_rng((self.seed, self.epoch, abs(image_id))).random() < self.flip:
             image = PIL.ImageOps.mirror(image)
             boxes[:, [0, 2]] = size[0] - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
         pixels, (height, width) = prepare_image(image, self.image_size)  # [3, H, W]
-        boxes = boxes * (torch.tensor([width, height] * 2) / torch.tensor(size * 2))
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & raw.isfinite().all(1)  # [K] no height, no width: log(0)
+        boxes = boxes * (np.array([width, height] * 2) / np.array(size * 2)).astype(np.float32)
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(raw).all(1)  # [K] no height, no width: log(0)
         return pixels, {
-            "boxes": boxes[valid],
-            "labels": labels[valid],
-            "area": area[valid],
+            "boxes": torch.from_numpy(boxes[valid]),
+            "labels": torch.from_numpy(labels[valid]),
+            "area": torch.from_numpy(area[valid]),
             "image_id": image_id,
             "size": (height, width),
             "orig_size": size[::-1],
@@ -728,9 +732,10 @@ def frcnn_collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dic
     The targets stay a list, since each image has its own number of objects.
     """
     images, targets = zip(*batch, strict=True)
-    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
-    return torch.stack(padded), list(targets)
+    if len({image.shape for image in images}) > 1:
+        height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+        images = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+    return torch.stack(images), list(targets)
 
 
 def sizes_without_padding(images: Tensor, targets: Sequence[dict]) -> dict[str, list]:
@@ -1370,7 +1375,7 @@ class TwoMLPHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[R, C, H, W]`` → ``[R, fc_dim]``."""
         if x.device.type == "cpu" and not self.training:
-            # A convolution whose kernel covers the whole map is the same sum in half the time (and more memory to train).
+            # A convolution whose kernel covers the whole map is the same sum in half the time, but needs more memory.
             kernel = self.fc1.weight.view(-1, *x.shape[1:])  # [fc_dim, C, H, W]
             hidden = F.conv2d(x, kernel, self.fc1.bias).flatten(1)  # [R, fc_dim]
         else:

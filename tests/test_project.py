@@ -1,7 +1,9 @@
 """The files around the code agree with each other, and the notebooks are as committed ones should be."""
 
 import ast
+import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -78,3 +80,19 @@ def test_no_file_is_large():
         "\n"
     )
     assert [name for name in tracked if name and (ROOT / name).stat().st_size > 1_500_000] == []
+
+
+def test_readme_quotes_the_benchmark():
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    for name, (theirs, ours) in results["seconds of torchvision and ours"].items():
+        assert f"| {name} | {ours / theirs:.2f} |" in README
+    seeds = results["training"]
+    ratios = [a["seconds"] / b["seconds"] for a, b in zip(seeds["ours"], seeds["torchvision"], strict=True)]
+    assert f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" in README
+    for name, runs in (("here", seeds["ours"]), ("torchvision's parts", seeds["torchvision"])):
+        columns = (
+            (key, [run[key] for run in runs], places) for key, places in (("AP50", 3), ("AP", 3), ("seconds", 0))
+        )
+        quoted = [f"{statistics.median(v):.{p}f} ({min(v):.{p}f} to {max(v):.{p}f})" for _, v, p in columns]
+        assert f"| {name}, {runs[0]['steps']} steps | {' | '.join(quoted)} |" in README
+    assert f"{results['input']['ratio']:.2f} of the images a second" in README
