@@ -259,7 +259,7 @@ def stages(runs: int) -> dict[str, dict[str, float]]:
 # 4. Input
 
 
-def input_rate(photographs: int = 60) -> dict[str, float]:
+def input_rate(photographs: int = 300) -> dict[str, float]:
     """Images a second and core from encoded JPEG to batch, and of PIL's decode and resize alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

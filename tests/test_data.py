@@ -687,7 +687,7 @@ class Faulty:
     def iter(self, batch_size):
         self.opened += 1
         limit = self.rows_until_fault.pop(0) if self.rows_until_fault else None
-        for count, batch in enumerate(self.stream.iter(batch_size)):
+        for count, batch in enumerate(self.stream.iter(1)):  # small batches, so that a fault may come between any rows
             if count == limit:
                 raise ConnectionResetError("the line was cut")
             yield batch
