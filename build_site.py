@@ -22,6 +22,10 @@ SITE = ROOT / "site"
 MATHJAX = "web/MathJax/MathJax.js?config=TeX-AMS_CHTML-full,Safe"
 REVEAL = "https://registry.npmjs.org/reveal.js/-/reveal.js-4.6.1.tgz"
 REVEAL_SHA256 = "4f4121ef2b8e7e9398bdecd7b3b6ce5e0ee3a2f5af221708eb6c4ce03bcae6be"
+LONGEST_ON_A_SLIDE = 12  # lines of code; a picture that takes more is shown without its code
+STYLE = """<style>
+.reveal pre, .reveal .jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+</style>"""
 NO_ALT = "No description has been provided for this image"  # what nbconvert writes
 
 
@@ -55,6 +59,15 @@ def described(page: str, notebook: nbformat.NotebookNode, skipped: bool) -> str:
     return str(soup)
 
 
+def without_long_code(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """For a deck: a picture fills its slide, so code that would push it off the screen stays in the notebook."""
+    for cell in notebook.cells:
+        has_picture = any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {}))
+        if has_picture and len(cell.source.splitlines()) > LONGEST_ON_A_SLIDE:
+            cell.metadata["transient"] = {"remove_source": True}
+    return notebook
+
+
 def export(kind: str) -> None:
     """One page for each notebook, and for the site an index."""
     local = {"mathjax_url": MATHJAX, "require_js_url": "", "mermaid_js_url": "", "jquery_url": ""}
@@ -69,7 +82,10 @@ def export(kind: str) -> None:
     links = []
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
+        if kind == "slides":
+            notebook = without_long_code(notebook)
         page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        page = page.replace("</head>", f"{STYLE}</head>", 1)
         (SITE / f"{path.stem}{ending}").write_text(described(page, notebook, kind == "slides"), encoding="utf-8")
         title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
         links.append(f'<li><a href="{path.stem}{ending}">{title}</a></li>')

@@ -462,7 +462,10 @@ def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Ima
     ValueError, OSError
         Where the bytes are no picture or one of another size.
     """
-    image = PIL.Image.open(io.BytesIO(encoded))
+    try:
+        image = PIL.Image.open(io.BytesIO(encoded))
+    except PIL.UnidentifiedImageError:  # its own message holds an address in memory and no more
+        raise ValueError("not an image in any format that Pillow knows") from None
     if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         upright = PIL.ImageOps.exif_transpose(image)
         image = upright if size in (None, upright.size) else image
