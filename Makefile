@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+TESTS ?= not slow# make test TESTS="slow or not slow" runs all of them
 INSTALLED := .venv/installed
 NBCONVERT := $(PY) -m jupyter nbconvert --log-level ERROR --to notebook --inplace
 
@@ -16,6 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@$(PY) build_site.py fetch || echo "reveal.js could not be downloaded; make slides will try again"
 	@touch $@
 
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
@@ -30,11 +32,11 @@ run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figur
 test: $(INSTALLED) ## Run the unit tests and every notebook, without a network
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	FRCNN_STILL=1 HF_HUB_OFFLINE=1 FRCNN_DATA=glyphs FRCNN_FIGURES="$$scratch/figures" FRCNN_CHECKPOINTS="$$scratch/checkpoints" \
-		$(PY) -m pytest -q -n auto --dist worksteal --nbmake --nbmake-timeout=900 --durations=5 notebooks tests
+		$(PY) -m pytest -q -n auto --dist worksteal -m "$(TESTS)" --nbmake --nbmake-timeout=900 --durations=5 notebooks tests
 
 test-browser: html slides ## Open JupyterLab, the site and the slides in Chromium (Debian: chromium, chromium-driver)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
-		{ [ "$$(id -u)" = 0 ] && apt-get install -y -q chromium chromium-driver; } || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q chromium chromium-driver; } || \
 		{ echo "chromium and chromedriver are missing: sudo apt-get install chromium chromium-driver"; exit 1; }
 	$(PY) -m pytest -q tests/browser.py
 
