@@ -16,12 +16,15 @@ Mask R-CNN (He et al., 2017; for ROIAlign).
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
+import glob
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -91,6 +94,9 @@ COCO_NAMES = (
 # COCO numbered 91 categories and published 80 of them; these ids were never used.
 _COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(i for i in range(91) if i not in _COCO_UNUSED_IDS)  # label -> official id
+
+MAX_PIXELS = 89_478_485  # of a picture: larger ones are refused before they fill the memory; where Pillow only warns
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 HUB_SOURCE = "detection-datasets/coco"
 NETWORK_TIMEOUT = 5.0  # seconds until a server counts as out of reach
@@ -400,7 +406,7 @@ def _glyph_rows(shards: list[tuple[int, int, int]], size: int) -> Iterator[dict]
 
 
 _COLUMNS = ("image_id", "image", "width", "height", "objects")
-_OBJECT_FIELDS = ("bbox_id", "category", "bbox", "area")
+_OBJECT_FIELDS = ("category", "bbox", "area")  # those that are read
 _ROWS_AT_ONCE = 16  # taken from a stream together: one at a time costs four times as much
 
 
@@ -414,11 +420,31 @@ def _to_corners(boxes: np.ndarray, bbox_format: str) -> np.ndarray:
     return boxes if bbox_format == "xyxy" else np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
 
 
+def _boxes_and(row: dict, *fields: str) -> list[np.ndarray]:
+    """The boxes ``[K, 4]`` of a row's objects, as they are written, and further fields ``[K]``, all as numbers.
+
+    Raises
+    ------
+    ValueError
+        Where they are no numbers, or not as many of each.
+    """
+    try:
+        boxes, *others = (np.array(row["objects"][field], dtype=np.float64) for field in ("bbox", *fields))
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"objects must hold numbers in {('bbox', *fields)}: {_first_line(error)}") from error
+    boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
+    shapes, count = [list(values.shape) for values in (boxes, *others)], list(boxes.shape[:1])
+    if shapes != [[*count, 4]] + [count] * len(others):
+        raise ValueError(f"objects must hold K times 4 numbers in bbox and K in {fields}, got the shapes {shapes}")
+    return [boxes, *others]
+
+
 def detect_bbox_format(rows: Sequence[dict]) -> str:
     """Decide from the data whether ``objects.bbox`` holds corners ("xyxy") or corner and size ("xywh").
 
     Corners never have x2 < x1 or y2 < y1, no reading leaves the image, and ``area`` never exceeds the box. The reading
-    that breaks these rules least is taken, and it may break them for one box of ten: data sets have bad boxes.
+    that breaks these rules least is taken, and it may break them for one box of ten: data sets have bad boxes. Rows
+    that cannot be read are left to the stream, which names and skips them.
 
     Raises
     ------
@@ -429,14 +455,14 @@ def detect_bbox_format(rows: Sequence[dict]) -> str:
     broken = {"xyxy": 0, "xywh": 0}
     count = 0
     for row in rows:
-        raw = np.array(row["objects"]["bbox"], dtype=np.float64).reshape(-1, 4)  # [K, 4]
-        area = np.array(row["objects"]["area"], dtype=np.float64)  # [K]
-        size = np.array([row["width"], row["height"]], dtype=np.float64)
-        count += len(raw)
-        for name in broken:
-            corners = _to_corners(raw, name)
-            wrong = (corners[:, 2:] < corners[:, :2]).any(1) | (corners[:, 2:] > size + slack).any(1)  # [K]
-            broken[name] += int((wrong | (area > box_area(corners) + slack)).sum())
+        with contextlib.suppress(OverflowError, TypeError, ValueError), np.errstate(all="ignore"):
+            raw, area = _boxes_and(row, "area")  # [K, 4], [K]
+            size = np.array([row["width"], row["height"]], dtype=np.float64)
+            count += len(raw)
+            for name in broken:
+                corners = _to_corners(raw, name)
+                wrong = (corners[:, 2:] < corners[:, :2]).any(1) | (corners[:, 2:] > size + slack).any(1)  # [K]
+                broken[name] += int((wrong | (area > box_area(corners) + slack)).sum())
     best = min(broken, key=broken.get)  # corners where both fit, as on the Hub
     if broken[best] > tolerated * count:
         raise ValueError(
@@ -466,14 +492,20 @@ def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Ima
         image = PIL.Image.open(io.BytesIO(encoded))
     except PIL.UnidentifiedImageError:  # its own message holds an address in memory and no more
         raise ValueError("not an image in any format that Pillow knows") from None
+    if image.format == "EPS":  # a program: Pillow would let Ghostscript run it
+        raise ValueError("an EPS file is a program and not an image")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"an image of {image.width} × {image.height} pixels is too large: at most {MAX_PIXELS:,}")
     if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         upright = PIL.ImageOps.exif_transpose(image)
         image = upright if size in (None, upright.size) else image
     if size not in (None, image.size):
-        raise ValueError(f"the image has {image.size[0]} × {image.size[1]} pixels, its row says {size[0]} × {size[1]}")
+        width, height = size
+        raise ValueError(f"the image has {image.width} × {image.height} pixels, its row says {width!r} × {height!r}")
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
         image = PIL.Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
     image.load()  # a torn file fails here
+    image.info.pop("transparency", None)  # colours alone count; Pillow would warn of some palettes
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -549,13 +581,20 @@ def _open_folder(folder: Path, split: str) -> datasets.IterableDataset:
         raise FileNotFoundError(f"{folder} holds no {split}-*.parquet")
     for shard in shards:
         try:
-            schema = pyarrow.parquet.read_schema(shard)
+            metadata = pyarrow.parquet.read_metadata(shard)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{shard} is no whole parquet file: {_first_line(error)}") from error
+        if not metadata.num_rows:  # `datasets` stops at it
+            raise ValueError(f"{shard} holds no rows")
+        schema = metadata.schema.to_arrow_schema()
+        objects = dict(zip(schema.names, schema.types)).get("objects")
+        fields = [field.name for field in objects] if isinstance(objects, pyarrow.StructType) else []
         missing = [name for name in _COLUMNS if name not in schema.names]
+        missing += [f"objects.{name}" for name in _OBJECT_FIELDS if objects is not None and name not in fields]
         if missing:
             raise ValueError(f"{shard} lacks the columns {missing}; it has {schema.names}")
-    return datasets.load_dataset("parquet", data_files={split: [str(s) for s in shards]}, split=split, streaming=True)
+    files = [glob.escape(str(shard.absolute())) for shard in shards]  # a folder may be called "a*"
+    return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
 
 
 class COCOStreamDataset(IterableDataset):
@@ -611,7 +650,8 @@ class COCOStreamDataset(IterableDataset):
             raise ValueError(f"max_samples and image_size must be at least 1, got {max_samples} and {image_size}")
         self.split, self.max_samples, self.image_size = split, max_samples, image_size
         self.shuffle_buffer, self.seed, self.flip, self.epoch = shuffle_buffer, seed, flip, 0
-        self.skipped = 0  # rows that could not be used, in this process
+        most_workers = 256  # each counts into its own cell of memory that all of them share
+        self._skipped, self._dropped = (multiprocessing.RawArray("q", most_workers) for _ in range(2))
         self.rank, self.world = process_rank()
         self._resume: dict = {}
         self.source = str(source or os.environ.get("FRCNN_DATA") or self._hub_or_glyphs())
@@ -637,6 +677,16 @@ class COCOStreamDataset(IterableDataset):
         else:
             raise ValueError(f"unknown source {self.source!r}: neither 'glyphs', '{HUB_SOURCE}' nor a folder")
         return stream.cast_column("image", datasets.Image(decode=False))  # decoded here, and only what is used
+
+    @property
+    def skipped(self) -> int:
+        """Rows that could not be used, so far, in this process and its workers."""
+        return sum(self._skipped)
+
+    @property
+    def dropped(self) -> int:
+        """Boxes that were left out, not finite or without area, so far, in this process and its workers."""
+        return sum(self._dropped)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass. Epochs count from 0; call it before making the iterator."""
@@ -704,23 +754,31 @@ class COCOStreamDataset(IterableDataset):
             try:
                 image, target = self._sample(row)
             except Exception as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
-                self.skipped += 1
-                warnings.warn(f"image_id {row.get('image_id')} skipped: {error}", stacklevel=2)
+                self._skipped[worker % len(self._skipped)] += 1
+                warnings.warn(f"image_id {row.get('image_id')} skipped: {_first_line(error)}", stacklevel=2)
                 continue
+            self._dropped[worker % len(self._dropped)] += len(row["objects"]["bbox"]) - len(target["boxes"])
             if self.split == "train" and not len(target["boxes"]):
                 continue
             yield image, target | {"position": (worker, count)}
 
     def _sample(self, row: dict) -> tuple[Tensor, dict]:
         size = (row["width"], row["height"])
+        if not (row["image"] and row["image"]["bytes"]):
+            raise ValueError("its row holds no bytes of an image")
         image = decode_image(row["image"]["bytes"], size)
-        raw = np.array(row["objects"]["bbox"], dtype=np.float64).reshape(-1, 4)  # [K, 4]
-        labels = np.array(row["objects"]["category"], dtype=np.int64) + 1  # [K] 0 becomes background
-        if len(labels) and not 1 <= labels.min() <= labels.max() < NUM_CLASSES:
-            raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {sorted(set((labels - 1).tolist()))}")
-        boxes = _to_corners(raw, self.bbox_format).clip(0, size * 2)
-        area = np.array(row["objects"]["area"], dtype=np.float32)  # [K]
+        raw, category, area = _boxes_and(row, "category", "area")  # [K, 4], [K], [K]
+        bad = sorted(set(category[~np.isin(category, np.arange(NUM_CLASSES - 1))].tolist()))
+        if bad:
+            raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {', '.join(f'{c:g}' for c in bad[:5])}")
+        if not ((area >= 0) & (area <= np.finfo(np.float32).max)).all():
+            raise ValueError("objects.area must be finite and not below 0")
+        labels, area = category.astype(np.int64) + 1, area.astype(np.float32)  # 0 becomes background
+        with np.errstate(over="ignore", invalid="ignore"):
+            boxes = _to_corners(raw, self.bbox_format).clip(0, size * 2)
         image_id = int(row["image_id"])
+        if isinstance(row["image_id"], float) and image_id != row["image_id"]:
+            raise ValueError("image_id must be a whole number")
         if np.random.default_rng((self.seed, self.epoch, abs(image_id))).random() < self.flip:
             image = PIL.ImageOps.mirror(image)
             boxes[:, [0, 2]] = size[0] - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
@@ -733,7 +791,7 @@ class COCOStreamDataset(IterableDataset):
             "area": torch.from_numpy(area[valid]),
             "image_id": image_id,
             "size": (height, width),
-            "orig_size": size[::-1],
+            "orig_size": (image.height, image.width),
         }
 
 
@@ -1048,6 +1106,9 @@ class AnchorGenerator(nn.Module):
         return self._last[1]
 
 
+_MATCH_PAIRS = 2**24  # of a box and an object that are compared at a time: what fits into any memory
+
+
 def match_boxes(
     boxes: Tensor, gt_boxes: Tensor, pos_thr: float, neg_thr: float, best_is_positive: bool
 ) -> tuple[Tensor, Tensor]:
@@ -1070,16 +1131,20 @@ def match_boxes(
         Index of the object in ``gt_boxes``; of meaning for positives.
     """
     labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)  # [N]
-    if not len(gt_boxes):
-        return labels, torch.zeros_like(labels)
-    iou = box_iou(gt_boxes, boxes)  # [K, N]
-    best, matched = iou.max(dim=0)  # [N], [N]
+    matched, ties = torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)  # [N], [N]
+    best = torch.full_like(labels, -1, dtype=torch.float32)  # [N]
+    some = max(1, _MATCH_PAIRS // max(1, len(boxes)))  # objects at a time: all, where there are not thousands
+    for first in range(0, len(gt_boxes), some):
+        iou = box_iou(gt_boxes[first : first + some], boxes)  # [k, N]
+        overlap, index = iou.max(dim=0)  # [N], [N]
+        better = overlap > best
+        best, matched = torch.where(better, overlap, best), torch.where(better, index + first, matched)
+        if best_is_positive:
+            best_of_object = iou.amax(dim=1, keepdim=True)  # [k, 1]
+            ties |= ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)  # untouched objects tie with all at 0
     labels[best >= neg_thr] = -1
     labels[best >= pos_thr] = 1
-    if best_is_positive:
-        best_of_object = iou.amax(dim=1, keepdim=True)  # [K, 1]
-        ties = (iou == best_of_object) & (best_of_object > 0)  # [K, N] an object that no box touches ties with all at 0
-        labels[ties.any(dim=0)] = 1
+    labels[ties] = 1
     return labels, matched
 
 
@@ -1852,6 +1917,14 @@ def _set_generator_states(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def _say_what_was_left_out(dataset: COCOStreamDataset) -> None:
+    """One line on what the stream could not use, over all processes, where there was anything."""
+    skipped, dropped = (sum(_gather(count)) for count in (dataset.skipped, dataset.dropped))
+    if skipped or dropped:
+        rows, boxes = f"{skipped} (each named in a warning)", f"{dropped} (not finite or without area)"
+        say(f"{dataset.source}: left out so far: rows {rows}, boxes {boxes}")
+
+
 def train(
     model: FasterRCNN,
     loader: DataLoader,
@@ -1922,6 +1995,8 @@ def train(
         stream, generators = {"epoch": 0, "rows": {}, "last": -1}, None
         if resume:
             say(f"no checkpoint at {checkpoint_path} yet: starting at step 0")
+    if resume and checkpoint_path:
+        _remove_torn(Path(checkpoint_path))
 
     model.train()
     replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients over processes
@@ -1949,6 +2024,7 @@ def train(
         if after_step:
             after_step(step, history)
             model.train()
+    _say_what_was_left_out(loader.dataset)
     return history
 
 
@@ -2010,8 +2086,20 @@ def save_checkpoint(path: str | Path, model: FasterRCNN, **state: object) -> Non
             file.flush()
             os.fsync(file.fileno())  # the bytes before the name: a rename may reach the disk first
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # Where the disk is full, or Ctrl-C comes inside `torch.save`, its writer says only that bytes are missing.
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        if isinstance(cause, OSError) and cause.errno:  # one without a number prints no file
+            cause.filename = cause.filename or str(path)
+        raise cause from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_torn(path: Path) -> None:
+    """Delete what processes that were killed while they saved have left beside the checkpoint."""
+    for torn in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        torn.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[FasterRCNN, dict]:
@@ -2055,19 +2143,30 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
 def tiny_detector() -> FasterRCNN:
     """A trained tiny detector in eval mode: from ``checkpoints/tiny.pt``, else trained once, about a minute.
 
-    A lock makes two notebooks that ask at the same time train it once.
+    A lock makes two notebooks that ask at the same time train it once. Where the folder cannot be written, each trains.
     """
     path = CHECKPOINTS / "tiny.pt"
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        if not path.exists():
-            with torch.random.fork_rng():  # the caller's random numbers do not depend on whether a file was there
-                torch.manual_seed(0)
-                model = tiny_faster_rcnn().to(DEVICE)
-                dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
-                loader = DataLoader(dataset, batch_size=TINY_BATCH, collate_fn=frcnn_collate_fn)
-                train(model, loader, TINY_STEPS, checkpoint_path=path, save_every=TINY_STEPS)
+    if not path.exists():  # one that is there is whole: it needs no lock, which a read-only folder would refuse
+        try:
+            CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(f"{path}.lock").acquire()
+        except OSError as error:
+            say(f"The tiny detector is trained and not saved: {_first_line(error)}")
+            return _trained_tiny_detector(None).eval()
+        with lock:
+            if not path.exists():
+                _trained_tiny_detector(path)
     return load_checkpoint(path)[0].eval()
+
+
+def _trained_tiny_detector(path: Path | None) -> FasterRCNN:
+    with torch.random.fork_rng():  # the caller's random numbers do not depend on whether a file was there
+        torch.manual_seed(0)
+        model = tiny_faster_rcnn().to(DEVICE)
+        dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
+        loader = DataLoader(dataset, batch_size=TINY_BATCH, collate_fn=frcnn_collate_fn)
+        train(model, loader, TINY_STEPS, checkpoint_path=path, save_every=TINY_STEPS)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2108,6 +2207,9 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
         Accumulated: ``.stats`` in the order of `COCO_FIGURES`, ``.eval["precision"]`` for the curves.
     """
     images = [{"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]} for t in truth]
+    twice = [i for i, count in collections.Counter(image["id"] for image in images).items() if count > 1]
+    if twice:  # pycocotools would count the objects of both for each
+        raise ValueError(f"{len(twice)} images come more than once, such as image_id {twice[0]}")
     categories = [{"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)]
     areas = [target["area"].tolist() for target in truth]
     objects = _annotations(truth, area=areas, iscrowd=[[0] * len(area) for area in areas])
@@ -2180,6 +2282,7 @@ def evaluate(
     Under torchrun each process detects on its share of the images, and all get the figures of the whole.
     """
     shares = _gather(detect_dataset(model, dataset, batch_size))
+    _say_what_was_left_out(dataset)
     truth, results = (list(itertools.chain.from_iterable(share[i] for share in shares)) for i in (0, 1))
     if not truth:
         raise ValueError(f"{dataset.source} gives not one image to evaluate on")
@@ -2314,10 +2417,13 @@ def with_sliders(draw: Callable, **controls: object) -> None:
 
 
 def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
-    """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``): .jpg for scenes, .png for plots."""
-    FIGURES.mkdir(parents=True, exist_ok=True)
+    """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``) or say why not: .jpg for scenes, .png for plots."""
     options = {"pil_kwargs": {"quality": 80}} if name.endswith(".jpg") else {"metadata": {"Software": None}}
-    figure.savefig(FIGURES / name, dpi=90, bbox_inches="tight", **options)
+    try:
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        figure.savefig(FIGURES / name, dpi=90, bbox_inches="tight", **options)
+    except OSError as error:  # a read-only checkout, a full disk: the notebook shows the figure anyway
+        say(f"{name} is not saved: {_first_line(error)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2496,6 +2602,8 @@ def _joined_processes() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: the result as one JSON object on the last line of stdout, or one line on stderr and code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path in letters that the terminal lacks is no error
     try:
         args = _parse(arguments)
         command = {"train": _train_command, "evaluate": _evaluate_command, "detect": _detect_command}[args.command]

@@ -154,7 +154,7 @@ def _worker(rank: int, world: int, store: str, results: str) -> None:
 def workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     torch.multiprocessing.spawn(_worker, (2, str(folder / "store"), str(folder / "out")), nprocs=2)
-    return [torch.load(folder / f"out.{rank}") for rank in (0, 1)]
+    return [torch.load(folder / f"out.{rank}", weights_only=True) for rank in (0, 1)]
 
 
 def test_batch_norm_sees_the_batches_of_all_processes(workers):

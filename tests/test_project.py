@@ -1,6 +1,7 @@
 """The files around the code agree with each other, and the notebooks are as committed ones should be."""
 
 import ast
+import collections
 import json
 import re
 import statistics
@@ -10,9 +11,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import test_hostile_data
+import test_hostile_model
+import test_hostile_processes
 import yaml
+from hypothesis import is_hypothesis_test
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import frcnn_common as frcnn
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -96,3 +103,19 @@ def test_readme_quotes_the_benchmark():
         quoted = [f"{statistics.median(v):.{p}f} ({min(v):.{p}f} to {max(v):.{p}f})" for _, v, p in columns]
         assert f"| {name}, {runs[0]['steps']} steps | {' | '.join(quoted)} |" in README
     assert f"{results['input']['ratio']:.2f} of the images a second" in README
+
+
+def test_readme_states_what_was_tried():
+    outcomes = collections.Counter(outcome for _, _, outcome, *_ in test_hostile_data.HOSTILE)
+    ended = f"{outcomes['served']} served as promised, {outcomes['skipped']} skipped, named and counted"
+    assert f"| {outcomes.total()} | {ended}, {outcomes['error']} ended with one clear error |" in README
+    modules = (test_hostile_data, test_hostile_model)
+    fuzzed = [f"{sum(map(is_hypothesis_test, vars(module).values()))} × {module.EXAMPLES}" for module in modules]
+    assert f"| {' and '.join(fuzzed)} | every promise kept |" in README
+    kills = test_hostile_processes.KILLS
+    assert (
+        f"killed with SIGKILL, {test_hostile_processes.AIMED} times while it wrote | {kills} | {kills} left" in README
+    )
+    assert f"{kills} of {kills} resumes" in README
+    assert f"| {test_hostile_processes.LIMITS} | the old checkpoint stayed whole" in README
+    assert f"above {frcnn.MAX_PIXELS // 10**6} million pixels" in README
