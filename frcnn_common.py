@@ -486,12 +486,14 @@ def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Ima
     Raises
     ------
     ValueError, OSError
-        Where the bytes are no picture or one of another size.
+        Where the bytes are no picture, a program (EPS), one of another size or of more than `MAX_PIXELS`.
     """
     try:
         image = PIL.Image.open(io.BytesIO(encoded))
     except PIL.UnidentifiedImageError:  # its own message holds an address in memory and no more
         raise ValueError("not an image in any format that Pillow knows") from None
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if image.format == "EPS":  # a program: Pillow would let Ghostscript run it
         raise ValueError("an EPS file is a program and not an image")
     if image.width * image.height > MAX_PIXELS:

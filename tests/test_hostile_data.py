@@ -398,9 +398,15 @@ FOLDERS = [
 HOSTILE = [*PICTURES, *BOXES, *COLUMNS, *FOLDERS]  # (name, build, outcome, the boxes served or what is said)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(("build", "outcome", "detail"), [h[1:] for h in HOSTILE], ids=[h[0] for h in HOSTILE])
-def test_hostile_sample_ends_as_it_should(build, outcome, detail, split, tmp_path):
+READINGS = [("train", *h) for h in HOSTILE] + [("val", *h) for h in BOXES]  # an image without boxes differs
+
+
+@pytest.mark.parametrize(
+    ("split", "build", "outcome", "detail"),
+    [(r[0], *r[2:]) for r in READINGS],
+    ids=[f"{r[0]}, {r[1]}" for r in READINGS],
+)
+def test_hostile_sample_ends_as_it_should(split, build, outcome, detail, tmp_path):
     source = build(tmp_path / "data")
     ended, said, served = read(lambda: stream(source, split, bbox_format=None))
     assert ended == outcome, said
