@@ -32,7 +32,7 @@ PACKAGES = {  # on npm: name, version, SHA-256, and what the decks need of it
 LONGEST_ON_A_SLIDE = 5  # lines of code; a picture that takes more is shown without its code
 STYLE = """<style>
 .reveal { --jp-content-font-size1: 22px; --jp-code-font-size: 18px; }
-.reveal pre { white-space: pre-wrap !important; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .reveal .jp-OutputArea img { zoom: 1.3; max-height: 430px; }
 .reveal .jp-RenderedMarkdown pre { width: 100%; font-size: var(--jp-code-font-size); box-shadow: none; }
 .reveal [data-mime-type$="stderr"] { display: none; }
