@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	$(PY) -m jupyter lab --notebook-dir=notebooks
 
-run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figures/ (about 3 minutes)
+run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figures/ (5 to 10 minutes)
 	@set -e; export FRCNN_STILL=1; for notebook in $(NOTEBOOKS); do \
 		$(NBCONVERT) --execute --ExecutePreprocessor.record_timing=False "$$notebook"; \
 		$(NBCONVERT) --coalesce-streams "$$notebook"; \
