@@ -103,6 +103,16 @@ def test_readme_quotes_the_benchmark():
         quoted = [f"{statistics.median(v):.{p}f} ({min(v):.{p}f} to {max(v):.{p}f})" for _, v, p in columns]
         assert f"| {name}, {runs[0]['steps']} steps | {' | '.join(quoted)} |" in README
     assert f"{results['input']['ratio']:.2f} of the images a second" in README
+    memory = results["peak memory in MB"]
+    assert f"{memory['ours']:.0f} MB at its peak, torchvision's {memory['theirs']:.0f} MB" in README
+    whole = sum(stage["seconds"] for stage in results["stages"].values())
+    shares = [f"{name} {100 * stage['seconds'] / whole:.0f} %" for name, stage in results["stages"].items()]
+    assert f"Time by stage, batch 2: {', '.join(shares)}." in README
+    reached = [f"{name} {stage['of_best']:.2f}" for name, stage in results["stages"].items() if stage["gflops"]]
+    assert f"(1 is the limit): {', '.join(reached)}." in README
+    for name, cost in results["growth"].items():
+        (first, start), *_, (last, end) = cost.items()
+        assert re.search(rf"{name}( in training)? {first} to {last}: {end / start:.1f} times", README)
 
 
 def test_readme_states_what_was_tried():
