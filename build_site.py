@@ -27,7 +27,11 @@ PACKAGES = {  # on npm: name, version, SHA-256, and what the decks need of it
         "4f4121ef2b8e7e9398bdecd7b3b6ce5e0ee3a2f5af221708eb6c4ce03bcae6be",
         ("dist/", "plugin/notes/", "LICENSE"),
     ),
-    "requirejs": ("2.3.7", "31f3330c978fb28684622fe71165dc946432cf0210b2ea8a1ca0233e70f2737d", ("require.js",)),
+    "requirejs": (
+        "2.3.7",
+        "31f3330c978fb28684622fe71165dc946432cf0210b2ea8a1ca0233e70f2737d",
+        ("require.js",),
+    ),
 }
 LONGEST_ON_A_SLIDE = 5  # lines of code; a picture that takes more is shown without its code
 STYLE = """<style>
@@ -63,12 +67,18 @@ def unpack(name: str) -> None:
 
 
 def shows_a_picture(cell: nbformat.NotebookNode) -> bool:
-    return any(kind.startswith("image/") for output in cell.get("outputs", []) for kind in output.get("data", {}))
+    return any(
+        kind.startswith("image/")
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {})
+    )
 
 
 def shown_on_slides(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Without the cells that are skipped; code that would push its picture off the screen stays in the notebook."""
-    notebook.cells = [cell for cell in notebook.cells if cell.metadata.slideshow.slide_type != "skip"]
+    notebook.cells = [
+        cell for cell in notebook.cells if cell.metadata.slideshow.slide_type != "skip"
+    ]
     for cell in notebook.cells:
         if shows_a_picture(cell) and len(cell.source.splitlines()) > LONGEST_ON_A_SLIDE:
             cell.metadata["transient"] = {"remove_source": True}
@@ -91,13 +101,18 @@ def export(kind: str) -> None:
     (SITE / "web").mkdir(parents=True, exist_ok=True)
     shutil.copytree(STATIC_ASSETS_PATH, SITE / "web" / "mathjax", dirs_exist_ok=True)
     options = {"mathjax_url": MATHJAX, "mermaid_js_url": "", "jquery_url": ""}
-    options["widget_renderer_url"] = "data:text/javascript,"  # every control left a still picture: no script is needed
+    options["widget_renderer_url"] = (
+        "data:text/javascript,"  # every control left a still picture: no script is needed
+    )
     if kind == "html":
         exporter, ending = HTMLExporter(template_name="lab", require_js_url="", **options), ".html"
     else:
         for name in PACKAGES:
             unpack(name)
-        options |= {"require_js_url": "web/requirejs/require.js", "reveal_url_prefix": "web/reveal.js"}
+        options |= {
+            "require_js_url": "web/requirejs/require.js",
+            "reveal_url_prefix": "web/reveal.js",
+        }
         options |= {"reveal_theme": "white", "reveal_transition": "none", "reveal_number": "c/t"}
         options |= {"reveal_width": "1280", "reveal_height": "720", "font_awesome_url": ""}
         exporter, ending = (

@@ -186,7 +186,9 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def encode_boxes(proposals: Tensor, gt_boxes: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+def encode_boxes(
+    proposals: Tensor, gt_boxes: Tensor, weights: Sequence[float] = (1, 1, 1, 1)
+) -> Tensor:
     """Regression targets that turn a proposal into its ground-truth box (R-CNN, appendix C).
 
     Parameters
@@ -210,7 +212,10 @@ def encode_boxes(proposals: Tensor, gt_boxes: Tensor, weights: Sequence[float] =
 
 
 def decode_boxes(
-    anchors: Tensor, deltas: Tensor, weights: Sequence[float] = (1, 1, 1, 1), max_log_scale: float = 4.0
+    anchors: Tensor,
+    deltas: Tensor,
+    weights: Sequence[float] = (1, 1, 1, 1),
+    max_log_scale: float = 4.0,
 ) -> Tensor:
     """Apply regression outputs to boxes: the inverse of `encode_boxes`, always in float32.
 
@@ -236,13 +241,18 @@ def decode_boxes(
     return torch.cat((centre - half, centre + half), dim=-1)  # [..., 4]
 
 
-_NMS_BLOCK, _NMS_RIVALS = 256, 512  # boxes settled together; kept ones met at a time: what fits into the cache
+_NMS_BLOCK, _NMS_RIVALS = (
+    256,
+    512,
+)  # boxes settled together; kept ones met at a time: what fits into the cache
 
 
 def _float32_below(threshold: float) -> float:
     """The largest float32 that is not above ``threshold``, so that ``iou > it`` decides as exact arithmetic does."""
     rounded = np.float32(threshold)
-    return float(rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf)))
+    return float(
+        rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32(-np.inf))
+    )
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
@@ -270,13 +280,21 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
     by_score = scores.argsort(descending=True, stable=True)  # [N]
     order = by_score[groups[by_score].argsort(stable=True)]  # [N] by group, then score
     boxes, groups = boxes.float()[order], groups[order]  # [N, 4], [N]
-    number = torch.cat((groups[:1] * 0, (groups[1:] != groups[:-1]).cumsum(0)))  # [N] 0, 1, 2, …: exact as a float
-    rows = torch.stack((*boxes.unbind(1), box_area(boxes), number.float()))  # [6, N] x1, y1, x2, y2, area, group
+    number = torch.cat(
+        (groups[:1] * 0, (groups[1:] != groups[:-1]).cumsum(0))
+    )  # [N] 0, 1, 2, …: exact as a float
+    rows = torch.stack(
+        (*boxes.unbind(1), box_area(boxes), number.float())
+    )  # [6, N] x1, y1, x2, y2, area, group
     several = bool(len(order)) and bool(number[-1] > 0)
 
     def suppresses(winners: Tensor, losers: Tensor) -> Tensor:  # [6, P], [6, Q] -> [P, Q]
         winners, losers = winners[:, :, None], losers[:, None]  # [6, P, 1], [6, 1, Q]
-        sides = torch.minimum(winners[2:4], losers[2:4]).sub_(torch.maximum(winners[:2], losers[:2])).clamp_(min=0)
+        sides = (
+            torch.minimum(winners[2:4], losers[2:4])
+            .sub_(torch.maximum(winners[:2], losers[:2]))
+            .clamp_(min=0)
+        )
         shared = sides[0].mul_(sides[1])  # [P, Q]
         over = shared / (winners[4] + losers[4] - shared) > threshold  # 0/0 is NaN: not above
         return over & (winners[5] == losers[5]) if several else over
@@ -330,13 +348,21 @@ def _glyph_masks(height: int = 256) -> tuple[tuple[int, PIL.Image.Image], ...]:
     return tuple(masks)
 
 
-def _place_glyph(rng: np.random.Generator, mask: PIL.Image.Image, size: int, taken: list) -> tuple | None:
+def _place_glyph(
+    rng: np.random.Generator, mask: PIL.Image.Image, size: int, taken: list
+) -> tuple | None:
     """Scale, turn and place one mask where it overlaps ``taken`` boxes little: (mask, box), or None: no room."""
     shortest, longest, most_degrees, most_overlap, tries = 0.18, 0.45, 25.0, 0.1, 10
     scale = rng.uniform(shortest, longest) * size / max(mask.size)
-    mask = mask.resize((max(1, round(mask.width * scale)), max(1, round(mask.height * scale))), reducing_gap=2.0)
-    mask = mask.rotate(rng.uniform(-most_degrees, most_degrees), PIL.Image.Resampling.BICUBIC, expand=True)
-    mask = mask.crop(mask.point(lambda ink: 255 * (ink >= 128)).getbbox())  # tight around what is at least half inked
+    mask = mask.resize(
+        (max(1, round(mask.width * scale)), max(1, round(mask.height * scale))), reducing_gap=2.0
+    )
+    mask = mask.rotate(
+        rng.uniform(-most_degrees, most_degrees), PIL.Image.Resampling.BICUBIC, expand=True
+    )
+    mask = mask.crop(
+        mask.point(lambda ink: 255 * (ink >= 128)).getbbox()
+    )  # tight around what is at least half inked
     width, height = mask.size
     for _ in range(tries):
         x, y = int(rng.integers(0, size - width + 1)), int(rng.integers(0, size - height + 1))
@@ -371,10 +397,16 @@ def render_glyph_scene(seed: int, size: int = IMG_SIZE) -> dict:
     most_objects, patches, tint, spread, noise, contrast = 5, 3, 25.0, 22.0, 8, 90.0
     luma = np.array([0.299, 0.587, 0.114])
     base = rng.uniform(40, 215) + rng.normal(0, tint, 3)  # [3] a muted colour of any brightness
-    coarse = np.clip(base + rng.normal(0, spread, (patches, patches, 3)), 0, 255).astype(np.uint8)  # [p, p, 3]
+    coarse = np.clip(base + rng.normal(0, spread, (patches, patches, 3)), 0, 255).astype(
+        np.uint8
+    )  # [p, p, 3]
     canvas = PIL.Image.fromarray(coarse).resize((size, size), PIL.Image.Resampling.BICUBIC)
 
-    masks, boxes, objects = _glyph_masks(), [], {"bbox_id": [], "category": [], "bbox": [], "area": []}
+    masks, boxes, objects = (
+        _glyph_masks(),
+        [],
+        {"bbox_id": [], "category": [], "bbox": [], "area": []},
+    )
     for _ in range(rng.integers(1, most_objects + 1)):
         category, mask = masks[rng.integers(len(masks))]
         placed = _place_glyph(rng, mask, size, boxes)
@@ -392,7 +424,9 @@ def render_glyph_scene(seed: int, size: int = IMG_SIZE) -> dict:
         objects["area"].append(float(np.count_nonzero(np.asarray(mask) >= 128)))
         boxes.append(box)
 
-    pixels = np.asarray(canvas, dtype=np.int16) + rng.integers(-noise, noise + 1, (size, size, 1), dtype=np.int16)
+    pixels = np.asarray(canvas, dtype=np.int16) + rng.integers(
+        -noise, noise + 1, (size, size, 1), dtype=np.int16
+    )
     encoded = io.BytesIO()  # BMP: uncompressed, the fastest way through the stream
     PIL.Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(encoded, "bmp")
     image = {"bytes": encoded.getvalue(), "path": None}
@@ -417,7 +451,11 @@ def _rows_of(columns: dict[str, list]) -> list[dict]:
 
 def _to_corners(boxes: np.ndarray, bbox_format: str) -> np.ndarray:
     """Boxes ``[K, 4]`` as corners, whichever way the source wrote them ("xyxy" or "xywh")."""
-    return boxes if bbox_format == "xyxy" else np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+    return (
+        boxes
+        if bbox_format == "xyxy"
+        else np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
+    )
 
 
 def _boxes_and(row: dict, *fields: str) -> list[np.ndarray]:
@@ -429,13 +467,19 @@ def _boxes_and(row: dict, *fields: str) -> list[np.ndarray]:
         Where they are no numbers, or not as many of each.
     """
     try:
-        boxes, *others = (np.array(row["objects"][field], dtype=np.float64) for field in ("bbox", *fields))
+        boxes, *others = (
+            np.array(row["objects"][field], dtype=np.float64) for field in ("bbox", *fields)
+        )
     except (LookupError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"objects must hold numbers in {('bbox', *fields)}: {_first_line(error)}") from error
+        raise ValueError(
+            f"objects must hold numbers in {('bbox', *fields)}: {_first_line(error)}"
+        ) from error
     boxes = boxes.reshape(0, 4) if boxes.shape == (0,) else boxes
     shapes, count = [list(values.shape) for values in (boxes, *others)], list(boxes.shape[:1])
     if shapes != [[*count, 4]] + [count] * len(others):
-        raise ValueError(f"objects must hold K times 4 numbers in bbox and K in {fields}, got the shapes {shapes}")
+        raise ValueError(
+            f"objects must hold K times 4 numbers in bbox and K in {fields}, got the shapes {shapes}"
+        )
     return [boxes, *others]
 
 
@@ -461,7 +505,9 @@ def detect_bbox_format(rows: Sequence[dict]) -> str:
             count += len(raw)
             for name in broken:
                 corners = _to_corners(raw, name)
-                wrong = (corners[:, 2:] < corners[:, :2]).any(1) | (corners[:, 2:] > size + slack).any(1)  # [K]
+                wrong = (corners[:, 2:] < corners[:, :2]).any(1) | (
+                    corners[:, 2:] > size + slack
+                ).any(1)  # [K]
                 broken[name] += int((wrong | (area > box_area(corners) + slack)).sum())
     best = min(broken, key=broken.get)  # corners where both fit, as on the Hub
     if broken[best] > tolerated * count:
@@ -497,15 +543,21 @@ def decode_image(encoded: bytes, size: tuple[int, int] | None = None) -> PIL.Ima
     if image.format == "EPS":  # a program: Pillow would let Ghostscript run it
         raise ValueError("an EPS file is a program and not an image")
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"an image of {image.width} × {image.height} pixels is too large: at most {MAX_PIXELS:,}")
+        raise ValueError(
+            f"an image of {image.width} × {image.height} pixels is too large: at most {MAX_PIXELS:,}"
+        )
     if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
         upright = PIL.ImageOps.exif_transpose(image)
         image = upright if size in (None, upright.size) else image
     if size not in (None, image.size):
         width, height = size
-        raise ValueError(f"the image has {image.width} × {image.height} pixels, its row says {width!r} × {height!r}")
+        raise ValueError(
+            f"the image has {image.width} × {image.height} pixels, its row says {width!r} × {height!r}"
+        )
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip, not scale
-        image = PIL.Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = PIL.Image.fromarray(
+            (np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        )
     image.load()  # a torn file fails here
     image.info.pop("transparency", None)  # colours alone count; Pillow would warn of some palettes
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -518,7 +570,9 @@ def image_to_tensor(image: PIL.Image.Image, size: tuple[int, int] | None = None)
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
     if size not in (None, tuple(pixels.shape[1:])):
-        pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]  # [3, H', W']
+        pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[
+            0
+        ]  # [3, H', W']
     return pixels.float().mul_(1 / (255 * IMAGENET_STD)).sub_(IMAGENET_MEAN / IMAGENET_STD)
 
 
@@ -544,8 +598,13 @@ def prepare_image(
     scale = min(image_size[0] / min(image.size), image_size[1] / max(image.size))
     height, width = (max(1, math.floor(side * scale)) for side in (image.height, image.width))
     pixels = image_to_tensor(image)[None]  # [1, 3, H, W]
-    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)[0]  # [3, H', W']
-    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple)), (height, width)  # 0 is ImageNet's mean
+    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)[
+        0
+    ]  # [3, H', W']
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple)), (
+        height,
+        width,
+    )  # 0 is ImageNet's mean
 
 
 def _answers(ask: Callable[[], object], seconds: float = NETWORK_TIMEOUT) -> bool:
@@ -569,7 +628,9 @@ def _hub_answers() -> bool:
         return False
     import huggingface_hub
 
-    return _answers(lambda: huggingface_hub.HfApi().dataset_info(HUB_SOURCE, timeout=NETWORK_TIMEOUT))
+    return _answers(
+        lambda: huggingface_hub.HfApi().dataset_info(HUB_SOURCE, timeout=NETWORK_TIMEOUT)
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -590,9 +651,15 @@ def _open_folder(folder: Path, split: str) -> datasets.IterableDataset:
             raise ValueError(f"{shard} holds no rows")
         schema = metadata.schema.to_arrow_schema()
         objects = dict(zip(schema.names, schema.types)).get("objects")
-        fields = [field.name for field in objects] if isinstance(objects, pyarrow.StructType) else []
+        fields = (
+            [field.name for field in objects] if isinstance(objects, pyarrow.StructType) else []
+        )
         missing = [name for name in _COLUMNS if name not in schema.names]
-        missing += [f"objects.{name}" for name in _OBJECT_FIELDS if objects is not None and name not in fields]
+        missing += [
+            f"objects.{name}"
+            for name in _OBJECT_FIELDS
+            if objects is not None and name not in fields
+        ]
         if missing:
             raise ValueError(f"{shard} lacks the columns {missing}; it has {schema.names}")
     files = [glob.escape(str(shard.absolute())) for shard in shards]  # a folder may be called "a*"
@@ -649,11 +716,15 @@ class COCOStreamDataset(IterableDataset):
         if split not in GLYPH_SCENES:
             raise ValueError(f"split is {split!r}; there are 'train' and 'val'")
         if np.min(image_size) < 1 or (max_samples is not None and max_samples < 1):
-            raise ValueError(f"max_samples and image_size must be at least 1, got {max_samples} and {image_size}")
+            raise ValueError(
+                f"max_samples and image_size must be at least 1, got {max_samples} and {image_size}"
+            )
         self.split, self.max_samples, self.image_size = split, max_samples, image_size
         self.shuffle_buffer, self.seed, self.flip, self.epoch = shuffle_buffer, seed, flip, 0
         most_workers = 256  # each counts into its own cell of memory that all of them share
-        self._skipped, self._dropped = (multiprocessing.RawArray("q", most_workers) for _ in range(2))
+        self._skipped, self._dropped = (
+            multiprocessing.RawArray("q", most_workers) for _ in range(2)
+        )
         self.rank, self.world = process_rank()
         self._resume: dict = {}
         self.source = str(source or os.environ.get("FRCNN_DATA") or self._hub_or_glyphs())
@@ -668,7 +739,9 @@ class COCOStreamDataset(IterableDataset):
     def _hub_or_glyphs() -> str:
         if _hub_answers():
             return HUB_SOURCE
-        say(f"The Hugging Face Hub does not answer: using the embedded glyph scenes instead of {HUB_SOURCE}.")
+        say(
+            f"The Hugging Face Hub does not answer: using the embedded glyph scenes instead of {HUB_SOURCE}."
+        )
         return "glyphs"
 
     def _open(self) -> datasets.IterableDataset:
@@ -677,8 +750,12 @@ class COCOStreamDataset(IterableDataset):
         elif Path(self.source).is_dir():
             stream = _open_folder(Path(self.source), self.split)
         else:
-            raise ValueError(f"unknown source {self.source!r}: neither 'glyphs', '{HUB_SOURCE}' nor a folder")
-        return stream.cast_column("image", datasets.Image(decode=False))  # decoded here, and only what is used
+            raise ValueError(
+                f"unknown source {self.source!r}: neither 'glyphs', '{HUB_SOURCE}' nor a folder"
+            )
+        return stream.cast_column(
+            "image", datasets.Image(decode=False)
+        )  # decoded here, and only what is used
 
     @property
     def skipped(self) -> int:
@@ -716,30 +793,50 @@ class COCOStreamDataset(IterableDataset):
             except Exception as error:
                 wait = next(waits, None)
                 if wait is None:
-                    raise ValueError(f"{self.source} cannot be read further: {_first_line(error)}") from error
-                warnings.warn(f"{self.source} broke off ({_first_line(error)}); next try in {wait} s", stacklevel=2)
+                    raise ValueError(
+                        f"{self.source} cannot be read further: {_first_line(error)}"
+                    ) from error
+                warnings.warn(
+                    f"{self.source} broke off ({_first_line(error)}); next try in {wait} s",
+                    stacklevel=2,
+                )
                 time.sleep(wait)
 
     def _rows(self, reader: int, readers: int) -> Iterator[dict]:
         """This reader's share of the epoch's rows: each row goes to exactly one reader."""
         if self.source == "glyphs":
-            first, count = GLYPH_FIRST_SEED[self.split], min(self.max_samples or math.inf, GLYPH_SCENES[self.split])
+            first, count = (
+                GLYPH_FIRST_SEED[self.split],
+                min(self.max_samples or math.inf, GLYPH_SCENES[self.split]),
+            )
             shards = [(first + i, first + count, readers) for i in range(readers)]
             stream = datasets.IterableDataset.from_generator(
                 _glyph_rows, gen_kwargs={"shards": shards, "size": int(np.min(self.image_size))}
             )
         else:
-            stream = self._stream if self.max_samples is None else self._stream.take(self.max_samples)
+            stream = (
+                self._stream if self.max_samples is None else self._stream.take(self.max_samples)
+            )
         if self.shuffle_buffer:
             # One input shard at a time: reading several starts threads, and `datasets` waits 5 s for them to end.
-            stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1)
+            stream = stream.shuffle(
+                seed=self.seed, buffer_size=self.shuffle_buffer, max_buffer_input_shards=1
+            )
         # Whole shards for each reader where they divide evenly; else all read the same stream and take turns.
-        by_shard = self.source == "glyphs" or (self.max_samples is None and stream.num_shards % readers == 0)
-        stream = split_dataset_by_node(stream, reader, readers, strategy="shards" if by_shard else "examples")
+        by_shard = self.source == "glyphs" or (
+            self.max_samples is None and stream.num_shards % readers == 0
+        )
+        stream = split_dataset_by_node(
+            stream, reader, readers, strategy="shards" if by_shard else "examples"
+        )
         if self.shuffle_buffer:
-            stream.set_epoch(self.epoch)  # last: every method above returns a stream that is at epoch 0 again
+            stream.set_epoch(
+                self.epoch
+            )  # last: every method above returns a stream that is at epoch 0 again
         # `iter(batch)` and not `__iter__`: inside a DataLoader worker the latter would divide the shards once more.
-        yield from self._steady(lambda: (row for batch in stream.iter(_ROWS_AT_ONCE) for row in _rows_of(batch)))
+        yield from self._steady(
+            lambda: (row for batch in stream.iter(_ROWS_AT_ONCE) for row in _rows_of(batch))
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict]]:
         info = get_worker_info()
@@ -755,11 +852,17 @@ class COCOStreamDataset(IterableDataset):
                 continue
             try:
                 image, target = self._sample(row)
-            except Exception as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
+            except (
+                Exception
+            ) as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
                 self._skipped[worker % len(self._skipped)] += 1
-                warnings.warn(f"image_id {row.get('image_id')} skipped: {_first_line(error)}", stacklevel=2)
+                warnings.warn(
+                    f"image_id {row.get('image_id')} skipped: {_first_line(error)}", stacklevel=2
+                )
                 continue
-            self._dropped[worker % len(self._dropped)] += len(row["objects"]["bbox"]) - len(target["boxes"])
+            self._dropped[worker % len(self._dropped)] += len(row["objects"]["bbox"]) - len(
+                target["boxes"]
+            )
             if self.split == "train" and not len(target["boxes"]):
                 continue
             yield image, target | {"position": (worker, count)}
@@ -770,12 +873,19 @@ class COCOStreamDataset(IterableDataset):
             raise ValueError("its row holds no bytes of an image")
         image = decode_image(row["image"]["bytes"], size)
         raw, category, area = _boxes_and(row, "category", "area")  # [K, 4], [K], [K]
-        bad = category[~((category >= 0) & (category < NUM_CLASSES - 1) & (category == np.floor(category)))]
+        bad = category[
+            ~((category >= 0) & (category < NUM_CLASSES - 1) & (category == np.floor(category)))
+        ]
         if len(bad):
-            raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {', '.join(f'{c:g}' for c in bad[:5])}")
+            raise ValueError(
+                f"categories must lie in 0..{NUM_CLASSES - 2}, got {', '.join(f'{c:g}' for c in bad[:5])}"
+            )
         if not ((area >= 0) & (area <= np.finfo(np.float32).max)).all():
             raise ValueError("objects.area must be finite and not below 0")
-        labels, area = category.astype(np.int64) + 1, area.astype(np.float32)  # 0 becomes background
+        labels, area = (
+            category.astype(np.int64) + 1,
+            area.astype(np.float32),
+        )  # 0 becomes background
         with np.errstate(over="ignore", invalid="ignore"):
             boxes = _to_corners(raw, self.bbox_format).clip(0, size * 2)
         image_id = int(row["image_id"])
@@ -783,10 +893,14 @@ class COCOStreamDataset(IterableDataset):
             raise ValueError("image_id must be a whole number")
         if np.random.default_rng((self.seed, self.epoch, abs(image_id))).random() < self.flip:
             image = PIL.ImageOps.mirror(image)
-            boxes[:, [0, 2]] = size[0] - boxes[:, [2, 0]]  # continuous coordinates: x' = W - x, no "- 1"
+            boxes[:, [0, 2]] = (
+                size[0] - boxes[:, [2, 0]]
+            )  # continuous coordinates: x' = W - x, no "- 1"
         pixels, (height, width) = prepare_image(image, self.image_size)  # [3, H, W]
         boxes = (boxes * np.array([width, height] * 2) / np.array(size * 2)).astype(np.float32)
-        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(raw).all(1)  # [K] no height, no width: log(0)
+        valid = (boxes[:, 2:] > boxes[:, :2]).all(1) & np.isfinite(raw).all(
+            1
+        )  # [K] no height, no width: log(0)
         return pixels, {
             "boxes": torch.from_numpy(boxes[valid]),
             "labels": torch.from_numpy(labels[valid]),
@@ -805,7 +919,10 @@ def frcnn_collate_fn(batch: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dic
     images, targets = zip(*batch, strict=True)
     if len({image.shape for image in images}) > 1:
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-        images = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+        images = [
+            F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
+            for image in images
+        ]
     return torch.stack(images), list(targets)
 
 
@@ -837,7 +954,9 @@ class FrozenBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` → the same shape."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -959,7 +1078,11 @@ class ResNet50(nn.Module):
         )
         channels, self.out_channels = width, []
         for i, depth in enumerate(self.depths):
-            inner, outer, stride = width * 2**i, width * 2**i * Bottleneck.expansion, 1 if i == 0 else 2
+            inner, outer, stride = (
+                width * 2**i,
+                width * 2**i * Bottleneck.expansion,
+                1 if i == 0 else 2,
+            )
             shortcut = nn.Sequential(nn.Conv2d(channels, outer, 1, stride, bias=False), norm(outer))
             blocks = [Bottleneck(channels, inner, stride, shortcut, norm)]
             blocks += [Bottleneck(outer, inner, norm=norm) for _ in range(depth - 1)]
@@ -977,7 +1100,9 @@ class ResNet50(nn.Module):
         for stage in self.frozen:
             stage.requires_grad_(False)
         self.has_weights = False
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "has_weights", True))
+        self.register_load_state_dict_post_hook(
+            lambda module, _: setattr(module, "has_weights", True)
+        )
 
     def stages(self) -> tuple[nn.Module, ...]:
         """Stem and the four layers, in order."""
@@ -993,11 +1118,19 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``[B, 3, H, W]`` → ``(C2, C3, C4, C5)`` at strides 4, 8, 16, 32."""
         if self.training and self.frozen and not self.has_weights:
-            warnings.warn("training with frozen stages of random weights: load weights or freeze nothing", stacklevel=2)
+            warnings.warn(
+                "training with frozen stages of random weights: load weights or freeze nothing",
+                stacklevel=2,
+            )
             self.has_weights = True  # once is enough
         maps = []
         for stage in self.stages():
-            if self.checkpointing and stage.training and torch.is_grad_enabled() and stage is not self.stem:
+            if (
+                self.checkpointing
+                and stage.training
+                and torch.is_grad_enabled()
+                and stage is not self.stem
+            ):
                 held = functools.partial(_running_statistics_held, stage)
                 contexts = lambda held=held: (contextlib.nullcontext(), held())  # noqa: E731
                 x = checkpoint(stage, x, use_reentrant=False, context_fn=contexts)
@@ -1018,11 +1151,17 @@ class FPN(nn.Module):
         Channels of every level of the pyramid.
     """
 
-    def __init__(self, in_channels: Sequence[int] = (256, 512, 1024, 2048), out_channels: int = 256) -> None:
+    def __init__(
+        self, in_channels: Sequence[int] = (256, 512, 1024, 2048), out_channels: int = 256
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+        self.lateral = nn.ModuleList(
+            nn.Conv2d(channels, out_channels, 1) for channels in in_channels
+        )
+        self.output = nn.ModuleList(
+            nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels
+        )
         for conv in (*self.lateral, *self.output):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
@@ -1033,16 +1172,23 @@ class FPN(nn.Module):
         merged = [laterals[-1]]
         for lateral in laterals[-2::-1]:
             # Nearest to the very size of the finer map: with odd sizes a factor of 2 would not add up.
-            merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
+            merged.insert(
+                0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest")
+            )
         pyramid = [conv(level) for conv, level in zip(self.output, merged, strict=True)]
-        return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]  # P6: every second cell of P5
+        return [
+            *pyramid,
+            F.max_pool2d(pyramid[-1], kernel_size=1, stride=2),
+        ]  # P6: every second cell of P5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Proposals
 # ---------------------------------------------------------------------------------------------------------------------
 
-_SMOOTH_L1_BETA = 1 / 9  # where the box losses turn from quadratic to linear, in units of the regression targets
+_SMOOTH_L1_BETA = (
+    1 / 9
+)  # where the box losses turn from quadratic to linear, in units of the regression targets
 
 
 class AnchorGenerator(nn.Module):
@@ -1077,13 +1223,18 @@ class AnchorGenerator(nn.Module):
         super().__init__()
         self.anchor_sizes, self.aspect_ratios, self.strides = anchor_sizes, aspect_ratios, strides
         self.offset, self.inverse_ratios, self.rounded = offset, inverse_ratios, rounded
-        self._last: tuple = (None, None)  # shapes, anchors: a stream of equal sizes computes them once
+        self._last: tuple = (
+            None,
+            None,
+        )  # shapes, anchors: a stream of equal sizes computes them once
 
     def base_anchors(self, size: float) -> Tensor:
         """``[R, 4]``: one box for each ratio, area ``size²``, centred at the origin."""
         ratios = torch.tensor(self.aspect_ratios, dtype=torch.float32)  # [R]
         ratios = 1 / ratios if self.inverse_ratios else ratios
-        half = size / 2 * torch.stack((ratios.sqrt(), 1 / ratios.sqrt()), dim=1)  # [R, 2] width, height
+        half = (
+            size / 2 * torch.stack((ratios.sqrt(), 1 / ratios.sqrt()), dim=1)
+        )  # [R, 2] width, height
         boxes = torch.cat((-half, half), dim=1)  # [R, 4]
         return boxes.round() if self.rounded else boxes
 
@@ -1103,12 +1254,16 @@ class AnchorGenerator(nn.Module):
             x = (torch.arange(columns) + self.offset) * stride_x  # [columns]
             y, x = torch.meshgrid(y, x, indexing="ij")  # 2 × [rows, columns]
             shifts = torch.stack((x, y, x, y), dim=-1)  # [rows, columns, 4]
-            anchors.append((shifts[:, :, None] + self.base_anchors(size)).reshape(-1, 4))  # [rows · columns · R, 4]
+            anchors.append(
+                (shifts[:, :, None] + self.base_anchors(size)).reshape(-1, 4)
+            )  # [rows · columns · R, 4]
         self._last = (key, torch.cat(anchors).to(feature_maps[0].device))
         return self._last[1]
 
 
-_MATCH_PAIRS = 2**24  # of a box and an object that are compared at a time: what fits into any memory
+_MATCH_PAIRS = (
+    2**24
+)  # of a box and an object that are compared at a time: what fits into any memory
 
 
 def match_boxes(
@@ -1135,15 +1290,22 @@ def match_boxes(
     labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)  # [N]
     matched, ties = torch.zeros_like(labels), torch.zeros_like(labels, dtype=torch.bool)  # [N], [N]
     best = torch.full_like(labels, -1, dtype=torch.float32)  # [N]
-    some = max(1, _MATCH_PAIRS // max(1, len(boxes)))  # objects at a time: all, where there are not thousands
+    some = max(
+        1, _MATCH_PAIRS // max(1, len(boxes))
+    )  # objects at a time: all, where there are not thousands
     for first in range(0, len(gt_boxes), some):
         iou = box_iou(gt_boxes[first : first + some], boxes)  # [k, N]
         overlap, index = iou.max(dim=0)  # [N], [N]
         better = overlap > best
-        best, matched = torch.where(better, overlap, best), torch.where(better, index + first, matched)
+        best, matched = (
+            torch.where(better, overlap, best),
+            torch.where(better, index + first, matched),
+        )
         if best_is_positive:
             best_of_object = iou.amax(dim=1, keepdim=True)  # [k, 1]
-            ties |= ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)  # untouched objects tie with all at 0
+            ties |= ((iou == best_of_object) & (best_of_object > 0)).any(
+                dim=0
+            )  # untouched objects tie with all at 0
     labels[best >= neg_thr] = -1
     labels[best >= pos_thr] = 1
     labels[ties] = 1
@@ -1155,9 +1317,15 @@ def image_generators(targets: Sequence[dict], device: torch.device) -> list[torc
 
     Several processes with a part of the batch each then draw what one process draws with all of it.
     """
-    step, spread, seeds = int(torch.randint(2**32, ())), 2_654_435_761, 2**32  # a CPU generator reads 32 bits
+    step, spread, seeds = (
+        int(torch.randint(2**32, ())),
+        2_654_435_761,
+        2**32,
+    )  # a CPU generator reads 32 bits
     ids = [int(target.get("image_id", i)) for i, target in enumerate(targets)]
-    return [torch.Generator(device).manual_seed((step + spread * image_id) % seeds) for image_id in ids]
+    return [
+        torch.Generator(device).manual_seed((step + spread * image_id) % seeds) for image_id in ids
+    ]
 
 
 def sample_boxes(
@@ -1174,7 +1342,9 @@ def sample_boxes(
     num_positives = min(len(positives), int(size * pos_frac))
     num_negatives = min(len(negatives), size - num_positives)
     draw = functools.partial(torch.randperm, device=labels.device, generator=generator)
-    return positives[draw(len(positives))[:num_positives]], negatives[draw(len(negatives))[:num_negatives]]
+    return positives[draw(len(positives))[:num_positives]], negatives[
+        draw(len(negatives))[:num_negatives]
+    ]
 
 
 class RPNHead(nn.Module):
@@ -1202,7 +1372,9 @@ class RPNHead(nn.Module):
             hidden = F.relu(self.conv(feature), inplace=True)  # [B, C, H, W]
             # Channels last, then flat: the order of the anchors, row after row, ratio fastest.
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))  # [B, H · W · k]
-            deltas.append(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))  # [B, H · W · k, 4]
+            deltas.append(
+                self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4)
+            )  # [B, H · W · k, 4]
         return logits, deltas
 
 
@@ -1271,9 +1443,14 @@ class RegionProposalNetwork(nn.Module):
         """
         logits, deltas = self.head(features)
         counts = [level.shape[1] for level in logits]
-        logits, deltas = torch.cat(logits, dim=1).float(), torch.cat(deltas, dim=1).float()  # [B, A], [B, A, 4]
+        logits, deltas = (
+            torch.cat(logits, dim=1).float(),
+            torch.cat(deltas, dim=1).float(),
+        )  # [B, A], [B, A, 4]
         anchors = self.anchor_gen(features, image_size)  # [A, 4]
-        sizes = torch.tensor(image_sizes or [image_size] * len(logits), device=logits.device)  # [B, 2]
+        sizes = torch.tensor(
+            image_sizes or [image_size] * len(logits), device=logits.device
+        )  # [B, 2]
         proposals = self.propose(anchors, logits.detach(), deltas.detach(), counts, sizes)
         return proposals, self.losses(anchors, logits, deltas, targets) if self.training else {}
 
@@ -1282,7 +1459,8 @@ class RegionProposalNetwork(nn.Module):
     ) -> list[Tensor]:
         """Steps 2 and 3 of `forward`: ``[A, 4]``, ``[B, A]``, ``[B, A, 4]`` → list of ``[K_i, 4]``."""
         pre_nms, post_nms = (
-            n if isinstance(n, int) else n[0 if self.training else 1] for n in (self.pre_nms, self.post_nms)
+            n if isinstance(n, int) else n[0 if self.training else 1]
+            for n in (self.pre_nms, self.post_nms)
         )
         chosen, levels, start = [], [], 0
         for level, scores in enumerate(logits.split(list(counts), dim=1)):
@@ -1293,22 +1471,32 @@ class RegionProposalNetwork(nn.Module):
         chosen, levels = torch.cat(chosen, dim=1), torch.cat(levels, dim=1)  # [B, T]
         scores = logits.gather(1, chosen).sigmoid()  # [B, T]
         best_deltas = deltas.gather(1, chosen[..., None].expand(-1, -1, 4))  # [B, T, 4]
-        boxes = decode_boxes(anchors[chosen], best_deltas, max_log_scale=self.max_log_scale)  # [B, T, 4]
+        boxes = decode_boxes(
+            anchors[chosen], best_deltas, max_log_scale=self.max_log_scale
+        )  # [B, T, 4]
         boxes = clip_boxes(boxes, sizes[:, None])
         big_enough = (boxes[..., 2:] - boxes[..., :2] >= self.min_sz).all(dim=-1)  # [B, T]
 
         images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(levels)  # [B, T]
-        boxes, scores, images = boxes[big_enough], scores[big_enough], images[big_enough]  # [S, 4], [S], [S]
+        boxes, scores, images = (
+            boxes[big_enough],
+            scores[big_enough],
+            images[big_enough],
+        )  # [S, 4], [S], [S]
         groups = images * len(counts) + levels[big_enough]  # [S] one NMS for all images and levels
         keep = batched_nms(boxes, scores, groups, self.nms_thr)
         return [boxes[keep[images[keep] == image]][:post_nms] for image in range(len(logits))]
 
-    def losses(self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[dict]) -> dict[str, Tensor]:
+    def losses(
+        self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Sequence[dict]
+    ) -> dict[str, Tensor]:
         """Binary cross-entropy and smooth L1 over the sampled anchors of the batch, divided by their number."""
         sampled_logits, labels, predicted, expected = [], [], [], []
         generators = image_generators(targets, logits.device)
         for image, (target, generator) in enumerate(zip(targets, generators, strict=True)):
-            label, matched = match_boxes(anchors, target["boxes"], self.POS_THR, self.NEG_THR, best_is_positive=True)
+            label, matched = match_boxes(
+                anchors, target["boxes"], self.POS_THR, self.NEG_THR, best_is_positive=True
+            )
             positives, negatives = sample_boxes(label, self.RPN_BATCH, self.POS_FRAC, generator)
             sampled = torch.cat((positives, negatives))
             sampled_logits.append(logits[image, sampled])
@@ -1317,8 +1505,13 @@ class RegionProposalNetwork(nn.Module):
             expected.append(encode_boxes(anchors[positives], target["boxes"][matched[positives]]))
         labels = torch.cat(labels).float()  # [S]
         predicted, expected = torch.cat(predicted), torch.cat(expected)  # [P, 4]
-        box = F.smooth_l1_loss(predicted, expected, beta=_SMOOTH_L1_BETA, reduction="sum") / max(1, len(labels))
-        return {"rpn_cls": F.binary_cross_entropy_with_logits(torch.cat(sampled_logits), labels), "rpn_box": box}
+        box = F.smooth_l1_loss(predicted, expected, beta=_SMOOTH_L1_BETA, reduction="sum") / max(
+            1, len(labels)
+        )
+        return {
+            "rpn_cls": F.binary_cross_entropy_with_logits(torch.cat(sampled_logits), labels),
+            "rpn_box": box,
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1371,7 +1564,9 @@ class ROIAlign(nn.Module):
     def _taps(self, boxes: Tensor, strides: Tensor, grids: Tensor) -> tuple[Tensor, Tensor]:
         """Cells and weights that each bin reads on each axis: two ``[R, 2 (x, y), out, 2 · sampling]``."""
         points = self.out_size * self.sampling
-        at = (torch.arange(points, device=boxes.device) + 0.5) / points  # [P] inside the bins, never on their edges
+        at = (
+            torch.arange(points, device=boxes.device) + 0.5
+        ) / points  # [P] inside the bins, never on their edges
         boxes = boxes / strides[:, None] - (0.5 if self.aligned else 0.0)  # [R, 4] in cells
         size = boxes[:, 2:] - boxes[:, :2]  # [R, 2]
         size = size if self.aligned else size.clamp(min=1)
@@ -1382,11 +1577,15 @@ class ROIAlign(nn.Module):
         low = position.floor()
         cells = torch.stack((low, torch.minimum(low + 1, last)), dim=-1).long()  # [R, 2, P, 2]
         high_share = position - low
-        weights = torch.stack((1 - high_share, high_share), dim=-1) * inside[..., None] / self.sampling  # [R, 2, P, 2]
+        weights = (
+            torch.stack((1 - high_share, high_share), dim=-1) * inside[..., None] / self.sampling
+        )  # [R, 2, P, 2]
         shape = (len(boxes), 2, self.out_size, 2 * self.sampling)
         return cells.reshape(shape), weights.reshape(shape)
 
-    def forward(self, fmaps: Sequence[Tensor], proposals: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
+    def forward(
+        self, fmaps: Sequence[Tensor], proposals: Sequence[Tensor], image_size: tuple[int, int]
+    ) -> Tensor:
         """Pool every proposal.
 
         Parameters
@@ -1408,21 +1607,36 @@ class ROIAlign(nn.Module):
             A map that is not of its level's stride, ``2 ** k`` pixels.
         """
         for k, fmap in enumerate(fmaps, start=self.k_min):
-            if any(abs(side / 2**k - cells) >= 1 for side, cells in zip(image_size, fmap.shape[-2:], strict=True)):
+            if any(
+                abs(side / 2**k - cells) >= 1
+                for side, cells in zip(image_size, fmap.shape[-2:], strict=True)
+            ):
                 raise ValueError(
                     f"a map of {tuple(fmap.shape[-2:])} cells is not level {k} of an image of {image_size}"
                 )
         boxes = torch.cat(list(proposals)).float()  # [R, 4]
         device, channels = boxes.device, fmaps[0].shape[1]
-        image = torch.repeat_interleave(torch.tensor([len(p) for p in proposals], device=device))  # [R]
+        image = torch.repeat_interleave(
+            torch.tensor([len(p) for p in proposals], device=device)
+        )  # [R]
         level = self.assign_levels(boxes)  # [R]
 
-        grids = torch.tensor([[f.shape[3], f.shape[2]] for f in fmaps], device=device)  # [L, 2] columns, rows
-        strides = torch.tensor([2.0**k for k in range(self.k_min, self.k_min + len(fmaps))], device=device)  # [L]
+        grids = torch.tensor(
+            [[f.shape[3], f.shape[2]] for f in fmaps], device=device
+        )  # [L, 2] columns, rows
+        strides = torch.tensor(
+            [2.0**k for k in range(self.k_min, self.k_min + len(fmaps))], device=device
+        )  # [L]
         cells_of_level = grids.prod(dim=1)  # [L] of one image
-        first_of_level = (cells_of_level * len(fmaps[0])).cumsum(0) - cells_of_level * len(fmaps[0])  # [L]
-        first = first_of_level[level] + image * cells_of_level[level]  # [R] row of the table where its map begins
-        table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in fmaps])  # [Σ B·H·W, C]
+        first_of_level = (cells_of_level * len(fmaps[0])).cumsum(0) - cells_of_level * len(
+            fmaps[0]
+        )  # [L]
+        first = (
+            first_of_level[level] + image * cells_of_level[level]
+        )  # [R] row of the table where its map begins
+        table = torch.cat(
+            [f.permute(0, 2, 3, 1).reshape(-1, channels) for f in fmaps]
+        )  # [Σ B·H·W, C]
 
         cells, weights = self._taps(boxes, strides[level], grids[level])
         (x, y), (wx, wy) = cells.unbind(1), weights.unbind(1)  # 4 × [R, out, 2S]
@@ -1431,9 +1645,14 @@ class ROIAlign(nn.Module):
         weight = wy[:, :, None, :, None] * wx[:, None, :, None, :]  # [R, out, out, 2S, 2S]
         taps = (2 * self.sampling) ** 2
         pooled = F.embedding_bag(
-            index.reshape(-1, taps), table.float(), per_sample_weights=weight.reshape(-1, taps), mode="sum"
+            index.reshape(-1, taps),
+            table.float(),
+            per_sample_weights=weight.reshape(-1, taps),
+            mode="sum",
         )  # [R · out · out, C]
-        return pooled.view(-1, self.out_size, self.out_size, channels).permute(0, 3, 1, 2)  # [R, C, out, out]
+        return pooled.view(-1, self.out_size, self.out_size, channels).permute(
+            0, 3, 1, 2
+        )  # [R, C, out, out]
 
 
 class TwoMLPHead(nn.Module):
@@ -1510,11 +1729,15 @@ def check_targets(images: Tensor, targets: Sequence[dict] | None, num_classes: i
         bad = ~(boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1))  # [K]
         if bad.any():
             first = int(bad.nonzero()[0])
-            raise ValueError(f"target {i}: box {first} needs x1 < x2 and y1 < y2, got {boxes[first].tolist()}")
+            raise ValueError(
+                f"target {i}: box {first} needs x1 < x2 and y1 < y2, got {boxes[first].tolist()}"
+            )
         bad = (labels < 1) | (labels >= num_classes)  # [K]
         if bad.any():
             first = int(bad.nonzero()[0])
-            raise ValueError(f"target {i}: label {first} must lie in 1..{num_classes - 1}, got {int(labels[first])}")
+            raise ValueError(
+                f"target {i}: label {first} must lie in 1..{num_classes - 1}, got {int(labels[first])}"
+            )
 
 
 class FasterRCNN(nn.Module):
@@ -1565,7 +1788,9 @@ class FasterRCNN(nn.Module):
         self.roi_align = roi_align or ROIAlign()
         self.box_head = box_head or TwoMLPHead(channels * self.roi_align.out_size**2)
         self.predictor = FastRCNNPredictor(self.box_head.fc2.out_features, num_classes)
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions, and what ROIAlign reads
+        self.to(
+            memory_format=torch.channels_last
+        )  # the faster layout for convolutions, and what ROIAlign reads
 
     def forward(
         self,
@@ -1612,7 +1837,9 @@ class FasterRCNN(nn.Module):
         self, pyramid: Sequence[Tensor], proposals: Sequence[Tensor], image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Logits ``[R, C]`` and deltas ``[R, C, 4]`` of all proposals, float32. P6 is for the RPN alone."""
-        logits, deltas = self.predictor(self.box_head(self.roi_align(pyramid[:-1], proposals, image_size)))
+        logits, deltas = self.predictor(
+            self.box_head(self.roi_align(pyramid[:-1], proposals, image_size))
+        )
         return logits.float(), deltas.float().view(-1, self.num_classes, 4)
 
     @torch.no_grad()
@@ -1633,9 +1860,15 @@ class FasterRCNN(nn.Module):
         generators = image_generators(targets, proposals[0].device)
         for boxes, target, generator in zip(proposals, targets, generators, strict=True):
             gt_boxes = target["boxes"].to(boxes)
-            boxes = torch.cat((boxes, gt_boxes))  # [K_i + K, 4] so that there are positives from the first step on
-            is_object, matched = match_boxes(boxes, gt_boxes, self.ROI_POS_THR, self.ROI_POS_THR, False)
-            chosen = torch.cat(sample_boxes(is_object, self.ROI_BATCH, self.ROI_POS_FRAC, generator))
+            boxes = torch.cat(
+                (boxes, gt_boxes)
+            )  # [K_i + K, 4] so that there are positives from the first step on
+            is_object, matched = match_boxes(
+                boxes, gt_boxes, self.ROI_POS_THR, self.ROI_POS_THR, False
+            )
+            chosen = torch.cat(
+                sample_boxes(is_object, self.ROI_BATCH, self.ROI_POS_FRAC, generator)
+            )
             is_object, matched, boxes = is_object[chosen], matched[chosen], boxes[chosen]
             sampled.append(boxes)
             if len(gt_boxes):
@@ -1646,30 +1879,52 @@ class FasterRCNN(nn.Module):
                 expected.append(torch.zeros_like(boxes))
         return sampled, torch.cat(labels), torch.cat(expected)
 
-    def losses(self, logits: Tensor, deltas: Tensor, labels: Tensor, expected: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, logits: Tensor, deltas: Tensor, labels: Tensor, expected: Tensor
+    ) -> dict[str, Tensor]:
         """Cross-entropy over all sampled proposals; smooth L1 of the true class's deltas, divided by their number."""
         positives = labels.nonzero()[:, 0]  # [P]
         predicted = deltas[positives, labels[positives]]  # [P, 4]
-        box = F.smooth_l1_loss(predicted, expected[positives], beta=_SMOOTH_L1_BETA, reduction="sum")
+        box = F.smooth_l1_loss(
+            predicted, expected[positives], beta=_SMOOTH_L1_BETA, reduction="sum"
+        )
         # An empty batch must give 0 and not the NaN of a mean over nothing.
         cls = F.cross_entropy(logits, labels, reduction="sum")
         return {"roi_cls": cls / max(1, len(labels)), "roi_box": box / max(1, len(labels))}
 
     def detections(
-        self, logits: Tensor, deltas: Tensor, proposals: Sequence[Tensor], image_sizes: Sequence[tuple[int, int]]
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        proposals: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
         """Scores above ``SCORE_THR``, decoded and clipped, NMS inside each class, at most ``MAX_DETS`` an image."""
         device = logits.device
         scores = logits.softmax(dim=1)  # [R, C]
         scores[:, 0] = 0  # background is no detection
-        row, label = (scores > self.SCORE_THR).nonzero().unbind(1)  # 2 × [S] only these are worth decoding
-        image = torch.repeat_interleave(torch.tensor([len(p) for p in proposals], device=device))[row]  # [S]
-        boxes = decode_boxes(torch.cat(list(proposals))[row], deltas[row, label], self.box_weights, self.max_log_scale)
+        row, label = (
+            (scores > self.SCORE_THR).nonzero().unbind(1)
+        )  # 2 × [S] only these are worth decoding
+        image = torch.repeat_interleave(torch.tensor([len(p) for p in proposals], device=device))[
+            row
+        ]  # [S]
+        boxes = decode_boxes(
+            torch.cat(list(proposals))[row],
+            deltas[row, label],
+            self.box_weights,
+            self.max_log_scale,
+        )
         boxes = clip_boxes(boxes, torch.tensor(image_sizes, device=device)[image])  # [S, 4]
         scores = scores[row, label]  # [S]
 
         big_enough = ((boxes[:, 2:] - boxes[:, :2]) >= self.min_detection).all(dim=1)  # [S]
-        boxes, scores, label, image = boxes[big_enough], scores[big_enough], label[big_enough], image[big_enough]
+        boxes, scores, label, image = (
+            boxes[big_enough],
+            scores[big_enough],
+            label[big_enough],
+            image[big_enough],
+        )
         keep = batched_nms(boxes, scores, image * self.num_classes + label, self.NMS_THR)
         results = []
         for i in range(len(proposals)):
@@ -1683,10 +1938,16 @@ def tiny_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     width, channels, fc_dim, k0 = 16, 64, 256, 5  # k0: a 112-px box is a large one here
     backbone = ResNet50(width)
     anchors = AnchorGenerator(anchor_sizes=(16, 32, 64, 128, 256))
-    rpn = RegionProposalNetwork(RPNHead(channels), anchors, pre_nms=300, post_nms=(200, 100), min_sz=2)
-    roi_align = ROIAlign(k0=k0, sampling=1)  # its bins are small: a second sample costs time and gives nothing
+    rpn = RegionProposalNetwork(
+        RPNHead(channels), anchors, pre_nms=300, post_nms=(200, 100), min_sz=2
+    )
+    roi_align = ROIAlign(
+        k0=k0, sampling=1
+    )  # its bins are small: a second sample costs time and gives nothing
     box_head = TwoMLPHead(channels * roi_align.out_size**2, fc_dim)
-    model = FasterRCNN(num_classes, backbone, FPN(backbone.out_channels, channels), rpn, roi_align, box_head)
+    model = FasterRCNN(
+        num_classes, backbone, FPN(backbone.out_channels, channels), rpn, roi_align, box_head
+    )
     model.ROI_BATCH, model.name = 96, "tiny"
     return model
 
@@ -1765,16 +2026,22 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], origin: object) 
         An entry that is missing, extra or of another shape; names the first and says how many there are.
     """
     mine = module.state_dict()
-    counters = {key for key in mine | weights if key.endswith("num_batches_tracked")}  # files are with and without
+    counters = {
+        key for key in mine | weights if key.endswith("num_batches_tracked")
+    }  # files are with and without
     differing = [f"{key} is missing" for key in mine.keys() - weights.keys() - counters]
-    differing += [f"{key} is unknown to the model" for key in weights.keys() - mine.keys() - counters]
+    differing += [
+        f"{key} is unknown to the model" for key in weights.keys() - mine.keys() - counters
+    ]
     differing += [
         f"{key} is {list(weights[key].shape)} and not {list(mine[key].shape)}"
         for key in mine.keys() & weights.keys()
         if weights[key].shape != mine[key].shape
     ]
     if differing:
-        raise ValueError(f"{origin} does not fit the model in {len(differing)} entries: {sorted(differing)[0]}")
+        raise ValueError(
+            f"{origin} does not fit the model in {len(differing)} entries: {sorted(differing)[0]}"
+        )
     module.load_state_dict(weights, strict=False)
 
 
@@ -1787,12 +2054,20 @@ def published_weights(weights: WeightsEnum) -> dict[str, Tensor]:
         Neither there; says what to download, and where to put it.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-    if not file.exists() and not _answers(lambda: urllib.request.urlopen(weights.url, timeout=NETWORK_TIMEOUT).close()):
-        raise ConnectionError(f"no network for the published weights: download {weights.url} and put it at {file}")
+    if not file.exists() and not _answers(
+        lambda: urllib.request.urlopen(weights.url, timeout=NETWORK_TIMEOUT).close()
+    ):
+        raise ConnectionError(
+            f"no network for the published weights: download {weights.url} and put it at {file}"
+        )
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        return weights.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
     except Exception as error:  # a torn file, a dropped connection, a pickle with code in it
-        raise ValueError(f"{file} cannot be used ({_first_line(error)}): delete it and try again") from error
+        raise ValueError(
+            f"{file} cannot be used ({_first_line(error)}): delete it and try again"
+        ) from error
 
 
 def load_imagenet_backbone(model: FasterRCNN, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -1815,7 +2090,11 @@ def load_imagenet_backbone(model: FasterRCNN, state_dict: dict[str, Tensor] | No
     weights = _our_names({f"backbone.{name}": value for name, value in state_dict.items()})
     for classifier in ("backbone.fc.weight", "backbone.fc.bias"):  # of ImageNet's 1000 classes
         weights.pop(classifier, None)
-    load_weights(model.backbone, {name.removeprefix("backbone."): value for name, value in weights.items()}, origin)
+    load_weights(
+        model.backbone,
+        {name.removeprefix("backbone."): value for name, value in weights.items()},
+        origin,
+    )
 
 
 def load_coco_weights(model: FasterRCNN, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -1835,18 +2114,29 @@ def load_coco_weights(model: FasterRCNN, state_dict: dict[str, Tensor] | None = 
         Entries that do not fit, named; no network and no file.
     """
     origin = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-    load_weights(model, coco_from_torchvision(published_weights(origin) if state_dict is None else state_dict), origin)
+    load_weights(
+        model,
+        coco_from_torchvision(published_weights(origin) if state_dict is None else state_dict),
+        origin,
+    )
 
 
 def coco_from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's detector under this file's names, with the 81 outputs that COCO uses picked out of its 91."""
     weights = _our_names(state_dict)
     published = COCO_CATEGORY_IDS[-1] + 1  # outputs: one for each id up to 90, used or not
-    for name in ("predictor.cls.weight", "predictor.cls.bias", "predictor.box.weight", "predictor.box.bias"):
+    for name in (
+        "predictor.cls.weight",
+        "predictor.cls.bias",
+        "predictor.box.weight",
+        "predictor.box.bias",
+    ):
         value = weights.get(name)
         per_class = 1 if "cls" in name else 4
         if value is not None and len(value) == published * per_class:
-            used = value.unflatten(0, (published, per_class))[list(COCO_CATEGORY_IDS)]  # [81, 1 or 4, …]
+            used = value.unflatten(0, (published, per_class))[
+                list(COCO_CATEGORY_IDS)
+            ]  # [81, 1 or 4, …]
             weights[name] = used.flatten(0, 1)
     return weights
 
@@ -1863,7 +2153,9 @@ def one_cycle(model: nn.Module, steps: int, batch: int, lr: float = 2e-3) -> tup
     warm_up, weight_decay = 0.15, 1e-4
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=warm_up)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=warm_up
+    )
 
 
 def step_decay(model: nn.Module, steps: int, batch: int, lr: float = 0.02) -> tuple:
@@ -1876,12 +2168,16 @@ def step_decay(model: nn.Module, steps: int, batch: int, lr: float = 0.02) -> tu
     )
 
     def factor(step: int) -> float:
-        return min(1.0, first + (1 - first) * step / warm_up) * drop ** sum(step >= d * steps for d in drops)
+        return min(1.0, first + (1 - first) * step / warm_up) * drop ** sum(
+            step >= d * steps for d in drops
+        )
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _batches(loader: DataLoader, state: dict, generators: dict | None) -> Iterator[tuple[Tensor, list[dict]]]:
+def _batches(
+    loader: DataLoader, state: dict, generators: dict | None
+) -> Iterator[tuple[Tensor, list[dict]]]:
     """Batches without end, epoch after epoch from where ``state`` is, which is kept up to date with what was given."""
     while True:
         loader.dataset.set_epoch(state["epoch"])
@@ -1895,7 +2191,9 @@ def _batches(loader: DataLoader, state: dict, generators: dict | None) -> Iterat
                 state["rows"][reader], state["last"] = rows, reader
             yield images, targets
         if empty and not state["rows"]:
-            raise ValueError(f"{loader.dataset.source} gives not one image with a valid box to train on")
+            raise ValueError(
+                f"{loader.dataset.source} gives not one image with a valid box to train on"
+            )
         state.update(epoch=state["epoch"] + 1, rows={}, last=-1)
 
 
@@ -1923,7 +2221,10 @@ def _say_what_was_left_out(dataset: COCOStreamDataset) -> None:
     """One line on what the stream could not use, over all processes, where there was anything."""
     skipped, dropped = (sum(_gather(count)) for count in (dataset.skipped, dataset.dropped))
     if skipped or dropped:
-        rows, boxes = f"{skipped} (each named in a warning)", f"{dropped} (not finite or without area)"
+        rows, boxes = (
+            f"{skipped} (each named in a warning)",
+            f"{dropped} (not finite or without area)",
+        )
         say(f"{dataset.source}: left out so far: rows {rows}, boxes {boxes}")
 
 
@@ -2001,10 +2302,19 @@ def train(
         _remove_torn(Path(checkpoint_path))
 
     model.train()
-    replica = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # averages gradients over processes
+    replica = (
+        nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    )  # averages gradients over processes
     batches = _batches(loader, stream, generators)
     start = len(history["step"])
-    bar = tqdm(range(start + 1, steps + 1), initial=start, total=steps, unit="step", mininterval=1.0, disable=rank > 0)
+    bar = tqdm(
+        range(start + 1, steps + 1),
+        initial=start,
+        total=steps,
+        unit="step",
+        mininterval=1.0,
+        disable=rank > 0,
+    )
     for step in bar:
         images, targets = next(batches)
         losses, finite = _train_step(replica, images, targets, optimizer, scaler, clip_norm, amp)
@@ -2030,11 +2340,15 @@ def train(
     return history
 
 
-def _resume(path: str | Path, model: FasterRCNN, parts: dict, run: dict, dataset: COCOStreamDataset) -> tuple:
+def _resume(
+    path: str | Path, model: FasterRCNN, parts: dict, run: dict, dataset: COCOStreamDataset
+) -> tuple:
     """Put the run in ``path`` back into model, parts and stream; returns its history, position and generator states."""
     _, saved = load_checkpoint(path, model)
     before = saved.get("run", {})
-    differing = [f"{key} {before.get(key)} (now {run[key]})" for key in run if before.get(key) != run[key]]
+    differing = [
+        f"{key} {before.get(key)} (now {run[key]})" for key in run if before.get(key) != run[key]
+    ]
     if differing:
         raise ValueError(f"{path} belongs to another run: {', '.join(differing)}")
     for name, part in parts.items():
@@ -2056,7 +2370,10 @@ def _train_step(
     """Forward, backward, one step: the losses, and whether all was finite; where not, the weights are left alone."""
     device = next(model.parameters()).device
     images = images.to(device, non_blocking=True)
-    targets = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()} for target in targets]
+    targets = [
+        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
+        for target in targets
+    ]
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype=dtype, enabled=amp != "off"):
         losses = model(images, targets, **sizes_without_padding(images, targets))
@@ -2069,8 +2386,12 @@ def _train_step(
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
-    length = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], clip_norm)
-    if not scaler.is_enabled() and not length.isfinite():  # an overflow of float16 is the scaler's own business
+    length = nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.grad is not None], clip_norm
+    )
+    if (
+        not scaler.is_enabled() and not length.isfinite()
+    ):  # an overflow of float16 is the scaler's own business
         return values, False
     scaler.step(optimizer)
     scaler.update()
@@ -2133,7 +2454,9 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
             state = {"model_name": "coco", "model": coco_from_torchvision(state)}
         name, weights = state.pop("model_name"), dict(state.pop("model"))
     except Exception as error:  # a torn zip, a pickle with code in it, another program's file: all mean the same here
-        raise ValueError(f"{path} is no whole checkpoint of this program ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path} is no whole checkpoint of this program ({type(error).__name__})"
+        ) from error
     if model is None:
         if name not in MODELS:
             raise ValueError(f"{path} holds a model called {name!r}; known are {sorted(MODELS)}")
@@ -2148,7 +2471,9 @@ def tiny_detector() -> FasterRCNN:
     A lock makes two notebooks that ask at the same time train it once. Where the folder cannot be written, each trains.
     """
     path = CHECKPOINTS / "tiny.pt"
-    if not path.exists():  # one that is there is whole: it needs no lock, which a read-only folder would refuse
+    if (
+        not path.exists()
+    ):  # one that is there is whole: it needs no lock, which a read-only folder would refuse
         try:
             CHECKPOINTS.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(f"{path}.lock").acquire()
@@ -2162,7 +2487,9 @@ def tiny_detector() -> FasterRCNN:
 
 
 def _trained_tiny_detector(path: Path | None) -> FasterRCNN:
-    with torch.random.fork_rng():  # the caller's random numbers do not depend on whether a file was there
+    with (
+        torch.random.fork_rng()
+    ):  # the caller's random numbers do not depend on whether a file was there
         torch.manual_seed(0)
         model = tiny_faster_rcnn().to(DEVICE)
         dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
@@ -2175,7 +2502,20 @@ def _trained_tiny_detector(path: Path | None) -> FasterRCNN:
 # 10. Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
-COCO_FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+COCO_FIGURES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "APs",
+    "APm",
+    "APl",
+    "AR1",
+    "AR10",
+    "AR100",
+    "ARs",
+    "ARm",
+    "ARl",
+)
 
 
 def _annotations(images: Sequence[dict], **columns: list[list]) -> list[dict]:
@@ -2186,12 +2526,17 @@ def _annotations(images: Sequence[dict], **columns: list[list]) -> list[dict]:
             zip(image["boxes"].tolist(), image["labels"].tolist(), strict=True)
         ):
             record = {"image_id": image["image_id"], "category_id": COCO_CATEGORY_IDS[label]}
-            record |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "id": len(records) + 1}  # pycocotools takes id 0 for "none"
+            record |= {
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "id": len(records) + 1,
+            }  # pycocotools takes id 0 for "none"
             records.append(record | {name: column[i][k] for name, column in columns.items()})
     return records
 
 
-def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations: str | Path | None = None) -> COCOeval:
+def coco_evaluation(
+    truth: Sequence[dict], results: Sequence[dict], annotations: str | Path | None = None
+) -> COCOeval:
     """COCO's evaluation of detections against ground truth, both in pixels of the original images.
 
     Parameters
@@ -2208,14 +2553,24 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
     pycocotools.cocoeval.COCOeval
         Accumulated: ``.stats`` in the order of `COCO_FIGURES`, ``.eval["precision"]`` for the curves.
     """
-    images = [{"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]} for t in truth]
-    twice = [i for i, count in collections.Counter(image["id"] for image in images).items() if count > 1]
+    images = [
+        {"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]}
+        for t in truth
+    ]
+    twice = [
+        i for i, count in collections.Counter(image["id"] for image in images).items() if count > 1
+    ]
     if twice:  # pycocotools would count the objects of both for each
         raise ValueError(f"{len(twice)} images come more than once, such as image_id {twice[0]}")
-    categories = [{"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)]
+    categories = [
+        {"id": i, "name": n} for i, n in zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)
+    ]
     areas = [target["area"].tolist() for target in truth]
     objects = _annotations(truth, area=areas, iscrowd=[[0] * len(area) for area in areas])
-    found = [result | {"image_id": target["image_id"]} for target, result in zip(truth, results, strict=True)]
+    found = [
+        result | {"image_id": target["image_id"]}
+        for target, result in zip(truth, results, strict=True)
+    ]
     detections = _annotations(found, score=[result["scores"].tolist() for result in results])
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
         try:
@@ -2223,11 +2578,18 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
         except (AssertionError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{annotations} is no COCO annotation file: {error}") from error
         if annotations is None:
-            coco.dataset = {"images": images, "annotations": objects, "categories": categories, "info": {}}
+            coco.dataset = {
+                "images": images,
+                "annotations": objects,
+                "categories": categories,
+                "info": {},
+            }
             coco.createIndex()
         unknown = [image["id"] for image in images if image["id"] not in coco.imgs]
         if unknown:
-            raise ValueError(f"{annotations} does not hold {len(unknown)} of the images, such as image_id {unknown[0]}")
+            raise ValueError(
+                f"{annotations} does not hold {len(unknown)} of the images, such as image_id {unknown[0]}"
+            )
         if len(images) < len(coco.imgs):
             part = f"{len(images)} of the {len(coco.imgs)} images of {annotations}"
             warnings.warn(f"evaluated on {part}: not COCO's figure of record", stacklevel=2)
@@ -2244,13 +2606,17 @@ def coco_evaluation(truth: Sequence[dict], results: Sequence[dict], annotations:
 
 def rescale_result(result: dict, size: tuple[int, int], new_size: tuple[int, int]) -> dict:
     """A copy of ``result`` on the CPU, its boxes carried over from an image of ``size`` (height, width) to another."""
-    result = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in result.items()}
+    result = {
+        name: value.cpu() if isinstance(value, Tensor) else value for name, value in result.items()
+    }
     scale_y, scale_x = new_size[0] / size[0], new_size[1] / size[1]
     return result | {"boxes": result["boxes"] * torch.tensor([scale_x, scale_y, scale_x, scale_y])}
 
 
 @torch.no_grad()
-def detect(model: FasterRCNN, picture: PIL.Image.Image, image_size: int | tuple[int, int]) -> dict[str, Tensor]:
+def detect(
+    model: FasterRCNN, picture: PIL.Image.Image, image_size: int | tuple[int, int]
+) -> dict[str, Tensor]:
     """Detections ``boxes`` ``[D, 4]``, ``scores``, ``labels`` on one RGB picture, in its own pixels, on the CPU.
 
     ``image_size`` is the one that the model was trained for: see `prepare_image`.
@@ -2261,7 +2627,9 @@ def detect(model: FasterRCNN, picture: PIL.Image.Image, image_size: int | tuple[
 
 
 @torch.no_grad()
-def detect_dataset(model: nn.Module, dataset: COCOStreamDataset, batch_size: int = 8) -> tuple[list[dict], list[dict]]:
+def detect_dataset(
+    model: nn.Module, dataset: COCOStreamDataset, batch_size: int = 8
+) -> tuple[list[dict], list[dict]]:
     """Run the detector over a data set: ``(truth, results)`` in pixels of the originals, as `coco_evaluation` wants."""
     parameter = next(model.parameters(), torch.zeros(0))
     was_training = model.training
@@ -2277,7 +2645,10 @@ def detect_dataset(model: nn.Module, dataset: COCOStreamDataset, batch_size: int
 
 
 def evaluate(
-    model: nn.Module, dataset: COCOStreamDataset, batch_size: int = 8, annotations: str | Path | None = None
+    model: nn.Module,
+    dataset: COCOStreamDataset,
+    batch_size: int = 8,
+    annotations: str | Path | None = None,
 ) -> dict[str, float]:
     """The twelve COCO figures by name (`COCO_FIGURES`); -1 where no object is of that size. See `coco_evaluation`.
 
@@ -2285,10 +2656,14 @@ def evaluate(
     """
     shares = _gather(detect_dataset(model, dataset, batch_size))
     _say_what_was_left_out(dataset)
-    truth, results = (list(itertools.chain.from_iterable(share[i] for share in shares)) for i in (0, 1))
+    truth, results = (
+        list(itertools.chain.from_iterable(share[i] for share in shares)) for i in (0, 1)
+    )
     if not truth:
         raise ValueError(f"{dataset.source} gives not one image to evaluate on")
-    return dict(zip(COCO_FIGURES, coco_evaluation(truth, results, annotations).stats.tolist(), strict=True))
+    return dict(
+        zip(COCO_FIGURES, coco_evaluation(truth, results, annotations).stats.tolist(), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2303,7 +2678,11 @@ _LIGHT = 1.4  # red + green + blue of 0..1 from which black letters read better 
 def to_picture(image: Tensor | np.ndarray | PIL.Image.Image) -> np.ndarray:
     """What ``imshow`` takes, ``[H, W, 3]``: undoes the normalisation of a tensor ``[3, H, W]``."""
     if isinstance(image, Tensor):
-        image = (image.detach().cpu().float() * IMAGENET_STD + IMAGENET_MEAN).clamp(0, 1).permute(1, 2, 0)  # [H, W, 3]
+        image = (
+            (image.detach().cpu().float() * IMAGENET_STD + IMAGENET_MEAN)
+            .clamp(0, 1)
+            .permute(1, 2, 0)
+        )  # [H, W, 3]
     return np.asarray(image)
 
 
@@ -2338,7 +2717,10 @@ def draw_boxes(
         # Continuous coordinates: 0 is the edge of the picture. Without the extent it is the middle of the first pixel.
         ax.imshow(pixels, interpolation="nearest", extent=(0, pixels.shape[1], pixels.shape[0], 0))
         ax.set_axis_off()
-    (left_edge, right_edge), (bottom, top) = ax.get_xlim(), ax.get_ylim()  # rows of an image count downwards
+    (left_edge, right_edge), (bottom, top) = (
+        ax.get_xlim(),
+        ax.get_ylim(),
+    )  # rows of an image count downwards
     boxes = boxes.detach().cpu() if isinstance(boxes, Tensor) else boxes
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).tolist()
     labels = [None] * len(boxes) if labels is None else [int(label) for label in labels]
@@ -2346,10 +2728,18 @@ def draw_boxes(
     for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True):
         shade = color or PALETTE[(label or 0) % len(PALETTE)]
         box = matplotlib.patches.Rectangle(
-            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=shade, linewidth=linewidth, linestyle=linestyle
+            (x1, y1),
+            x2 - x1,
+            y2 - y1,
+            fill=False,
+            edgecolor=shade,
+            linewidth=linewidth,
+            linestyle=linestyle,
         )
         # A dark rim keeps every colour visible on every background.
-        box.set_path_effects([matplotlib.patheffects.withStroke(linewidth=linewidth + 1.5, foreground="black")])
+        box.set_path_effects(
+            [matplotlib.patheffects.withStroke(linewidth=linewidth + 1.5, foreground="black")]
+        )
         ax.add_patch(box)
         words = [COCO_NAMES[label]] if label is not None else []
         words += [f"{score:.2f}"] if score is not None else []
@@ -2357,9 +2747,15 @@ def draw_boxes(
             # Above the box, from its left corner; inside or from the right corner where that would leave the picture.
             low, right = y1 < top + (bottom - top) / 10, x1 > (left_edge + right_edge) / 2
             label_box = {"facecolor": shade, "edgecolor": "none", "pad": 1.0}
-            x, ha, va = x2 if right else x1, "right" if right else "left", "top" if low else "bottom"
+            x, ha, va = (
+                x2 if right else x1,
+                "right" if right else "left",
+                "top" if low else "bottom",
+            )
             ink = "black" if sum(matplotlib.colors.to_rgb(shade)) > _LIGHT else "white"
-            ax.text(x, y1, " ".join(words), fontsize=fontsize, color=ink, va=va, ha=ha, bbox=label_box)
+            ax.text(
+                x, y1, " ".join(words), fontsize=fontsize, color=ink, va=va, ha=ha, bbox=label_box
+            )
 
 
 _BLOCKS = {  # of the detector, in the order of the data, and what leaves them
@@ -2383,11 +2779,17 @@ def draw_detector(*lit: str) -> matplotlib.figure.Figure:
     style = {"ha": "center", "va": "center"}
     for i, (name, output) in enumerate(_BLOCKS.items()):
         face, ink = (PALETTE[4], "white") if name in lit else ("#e8e8e8", "#555555")
-        box = {"boxstyle": "round,pad=0.5", "facecolor": face, "edgecolor": "black" if name in lit else "#aaaaaa"}
+        box = {
+            "boxstyle": "round,pad=0.5",
+            "facecolor": face,
+            "edgecolor": "black" if name in lit else "#aaaaaa",
+        }
         ax.text(i, 0.72, name, fontsize=15, color=ink, bbox=box, **style)
         ax.text(i, 0.22, output, fontsize=11, color="black" if name in lit else "#555555", **style)
         if i:
-            ax.annotate("", (i - 0.38, 0.72), (i - 0.62, 0.72), arrowprops={"arrowstyle": "->", "lw": 2})
+            ax.annotate(
+                "", (i - 0.38, 0.72), (i - 0.62, 0.72), arrowprops={"arrowstyle": "->", "lw": 2}
+            )
     return figure
 
 
@@ -2420,11 +2822,17 @@ def with_sliders(draw: Callable, **controls: object) -> None:
 
 def save_figure(figure: matplotlib.figure.Figure, name: str) -> None:
     """Write a figure to ``figures/`` (or ``$FRCNN_FIGURES``) or say why not: .jpg for scenes, .png for plots."""
-    options = {"pil_kwargs": {"quality": 80}} if name.endswith(".jpg") else {"metadata": {"Software": None}}
+    options = (
+        {"pil_kwargs": {"quality": 80}}
+        if name.endswith(".jpg")
+        else {"metadata": {"Software": None}}
+    )
     try:
         FIGURES.mkdir(parents=True, exist_ok=True)
         figure.savefig(FIGURES / name, dpi=90, bbox_inches="tight", **options)
-    except OSError as error:  # a read-only checkout, a full disk: the notebook shows the figure anyway
+    except (
+        OSError
+    ) as error:  # a read-only checkout, a full disk: the notebook shows the figure anyway
         say(f"{name} is not saved: {_first_line(error)}")
 
 
@@ -2436,12 +2844,31 @@ COCO_TRAIN_IMAGES = 118_287
 
 # What a run of each model takes where nothing else is said; ``images`` over the whole run, ``batch`` of one process.
 TRAIN_DEFAULTS = {
-    "tiny": {"image_size": TINY_IMAGE_SIZE, "images": TINY_STEPS * TINY_BATCH, "batch": TINY_BATCH, "weights": "none"},
-    "full": {"image_size": IMG_SIZE, "images": 12 * COCO_TRAIN_IMAGES, "batch": 16, "weights": "none"},
-    "coco": {"image_size": (800, 1333), "images": 12 * COCO_TRAIN_IMAGES, "batch": 2, "weights": "coco"},
+    "tiny": {
+        "image_size": TINY_IMAGE_SIZE,
+        "images": TINY_STEPS * TINY_BATCH,
+        "batch": TINY_BATCH,
+        "weights": "none",
+    },
+    "full": {
+        "image_size": IMG_SIZE,
+        "images": 12 * COCO_TRAIN_IMAGES,
+        "batch": 16,
+        "weights": "none",
+    },
+    "coco": {
+        "image_size": (800, 1333),
+        "images": 12 * COCO_TRAIN_IMAGES,
+        "batch": 2,
+        "weights": "coco",
+    },
 }
 RECIPES = {"tiny": one_cycle, "full": step_decay, "coco": step_decay}
-START_WEIGHTS = {"none": lambda model: None, "imagenet": load_imagenet_backbone, "coco": load_coco_weights}
+START_WEIGHTS = {
+    "none": lambda model: None,
+    "imagenet": load_imagenet_backbone,
+    "coco": load_coco_weights,
+}
 _SHUFFLE_BUFFER, _FLIP = 1000, 0.5  # rows; share of mirrored images. Of a whole data set
 
 
@@ -2454,43 +2881,80 @@ class _Parser(argparse.ArgumentParser):
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, got {text!r}"
+            )
         return int(text)
 
     return parse
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m frcnn_common", description="Faster R-CNN with a feature pyramid, from scratch.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    train_parser = commands.add_parser("train", help="train a detector, or continue where its checkpoint ends")
-    train_parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    train_parser.add_argument("--steps", type=_at_least(1), help="of the whole run (default: by model)")
-    train_parser.add_argument("--batch", type=_at_least(1), help="images a step and process (default: by model)")
-    train_parser.add_argument(
-        "--image-size", type=_at_least(1), help="side of the square input; coco: short side; pixels (default: by model)"
+    parser = _Parser(
+        prog="python -m frcnn_common",
+        description="Faster R-CNN with a feature pyramid, from scratch.",
     )
-    train_parser.add_argument("--weights", choices=sorted(START_WEIGHTS), help="to start from (default: by model)")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    train_parser = commands.add_parser(
+        "train", help="train a detector, or continue where its checkpoint ends"
+    )
+    train_parser.add_argument("--model", choices=sorted(MODELS), required=True)
+    train_parser.add_argument(
+        "--steps", type=_at_least(1), help="of the whole run (default: by model)"
+    )
+    train_parser.add_argument(
+        "--batch", type=_at_least(1), help="images a step and process (default: by model)"
+    )
+    train_parser.add_argument(
+        "--image-size",
+        type=_at_least(1),
+        help="side of the square input; coco: short side; pixels (default: by model)",
+    )
+    train_parser.add_argument(
+        "--weights", choices=sorted(START_WEIGHTS), help="to start from (default: by model)"
+    )
     train_parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
     train_parser.add_argument("--seed", type=_at_least(0), default=0)
-    train_parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision")
-    train_parser.add_argument("--save-every", type=_at_least(1), default=100, help="steps between checkpoints")
-    train_parser.add_argument("--workers", type=_at_least(0), default=0, help="processes that load data")
-    evaluate_parser = commands.add_parser("evaluate", help="the twelve COCO figures of a checkpoint")
+    train_parser.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision"
+    )
+    train_parser.add_argument(
+        "--save-every", type=_at_least(1), default=100, help="steps between checkpoints"
+    )
+    train_parser.add_argument(
+        "--workers", type=_at_least(0), default=0, help="processes that load data"
+    )
+    evaluate_parser = commands.add_parser(
+        "evaluate", help="the twelve COCO figures of a checkpoint"
+    )
     evaluate_parser.add_argument("--split", choices=("train", "val"), default="val")
-    evaluate_parser.add_argument("--annotations", type=Path, help="COCO's own instances_val2017.json")
+    evaluate_parser.add_argument(
+        "--annotations", type=Path, help="COCO's own instances_val2017.json"
+    )
     detect_parser = commands.add_parser("detect", help="draw detections on photographs")
-    detect_parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or folders of them")
-    detect_parser.add_argument("--out", type=Path, required=True, help="folder for pictures and detections.json")
+    detect_parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="pictures, or folders of them"
+    )
+    detect_parser.add_argument(
+        "--out", type=Path, required=True, help="folder for pictures and detections.json"
+    )
     for sub in (train_parser, evaluate_parser, detect_parser):
         sub.add_argument(
-            "--checkpoint", type=Path, required=True, help="of train; evaluate and detect take torchvision's as well"
+            "--checkpoint",
+            type=Path,
+            required=True,
+            help="of train; evaluate and detect take torchvision's as well",
         )
     for sub in (train_parser, evaluate_parser):
         sub.add_argument(
-            "--source", help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
+            "--source",
+            help=f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)",
         )
-        sub.add_argument("--max-samples", type=_at_least(1), help="use only the first so many images, in their order")
+        sub.add_argument(
+            "--max-samples",
+            type=_at_least(1),
+            help="use only the first so many images, in their order",
+        )
     return parser.parse_args(arguments)
 
 
@@ -2510,10 +2974,16 @@ def _train_command(args: argparse.Namespace) -> dict:
     if not (args.resume and args.checkpoint.exists()):
         START_WEIGHTS[weights](model)
     dataset = COCOStreamDataset("train", args.max_samples, args.source, image_size, seed=args.seed)
-    if dataset.source != "glyphs" and args.max_samples is None:  # scenes are independent; a chosen few keep their order
+    if (
+        dataset.source != "glyphs" and args.max_samples is None
+    ):  # scenes are independent; a chosen few keep their order
         dataset.shuffle_buffer, dataset.flip = _SHUFFLE_BUFFER, _FLIP
     loader = DataLoader(
-        dataset, batch, num_workers=args.workers, collate_fn=frcnn_collate_fn, pin_memory=DEVICE.type == "cuda"
+        dataset,
+        batch,
+        num_workers=args.workers,
+        collate_fn=frcnn_collate_fn,
+        pin_memory=DEVICE.type == "cuda",
     )
     run = {name: getattr(args, name) for name in ("model", "max_samples", "seed", "workers")}
     run |= {"source": dataset.source, "image_size": image_size, "weights": weights}
@@ -2554,7 +3024,11 @@ def _find_pictures(paths: Sequence[Path]) -> list[Path]:
     """The files as they are named; of a folder those with the ending of a picture, in the order of their names."""
     endings, found = PIL.Image.registered_extensions(), []
     for path in paths:
-        inside = sorted(p for p in path.glob("*") if p.suffix.lower() in endings) if path.is_dir() else [path]
+        inside = (
+            sorted(p for p in path.glob("*") if p.suffix.lower() in endings)
+            if path.is_dir()
+            else [path]
+        )
         if not inside:
             raise FileNotFoundError(f"{path} holds no picture")
         found += inside
@@ -2570,15 +3044,27 @@ def _detect_command(args: argparse.Namespace) -> dict:
     for path in tqdm(paths, unit="image", disable=len(paths) == 1):
         try:
             picture = decode_image(path.read_bytes())
-        except Exception as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
-            tqdm.write(f"frcnn_common: {path} is no picture that can be read: {_first_line(error)}", file=sys.stderr)
+        except (
+            Exception
+        ) as error:  # of whatever kind: decoders raise SyntaxError, struct.error and more
+            tqdm.write(
+                f"frcnn_common: {path} is no picture that can be read: {_first_line(error)}",
+                file=sys.stderr,
+            )
             continue
         found = detect(model, picture, image_size)
         name = f"{len(records):04d}_{path.stem}.jpg"  # numbered: two folders may hold files of one name
         picture_with_detections(picture, found).savefig(args.out / name)
-        columns = zip(found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+        columns = zip(
+            found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
+        )
         boxes = [
-            {"box": box, "score": score, "label": COCO_NAMES[label], "category_id": COCO_CATEGORY_IDS[label]}
+            {
+                "box": box,
+                "score": score,
+                "label": COCO_NAMES[label],
+                "category_id": COCO_CATEGORY_IDS[label],
+            }
             for box, score, label in columns
         ]
         size = {"width": picture.width, "height": picture.height}
@@ -2605,10 +3091,16 @@ def _joined_processes() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: the result as one JSON object on the last line of stdout, or one line on stderr and code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path in letters that the terminal lacks is no error
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path in letters that the terminal lacks is no error
     try:
         args = _parse(arguments)
-        command = {"train": _train_command, "evaluate": _evaluate_command, "detect": _detect_command}[args.command]
+        command = {
+            "train": _train_command,
+            "evaluate": _evaluate_command,
+            "detect": _detect_command,
+        }[args.command]
         with _joined_processes():
             result = command(args)
             say(json.dumps(result))

@@ -79,9 +79,13 @@ def detectors() -> tuple[torch.nn.Module, torch.nn.Module]:
         theirs.roi_heads.box_predictor.cls_score.weight.mul_(50)
         unused = sorted(set(range(91)) - set(frcnn.COCO_CATEGORY_IDS))
         theirs.roi_heads.box_predictor.cls_score.bias[unused] = -100
-    state = {name: value for name, value in theirs.state_dict().items() if "num_batches" not in name}
+    state = {
+        name: value for name, value in theirs.state_dict().items() if "num_batches" not in name
+    }
     norm = functools.partial(torchvision.ops.FrozenBatchNorm2d, eps=0.0)
-    theirs.backbone = _resnet_fpn_extractor(torchvision.models.resnet50(norm_layer=norm), trainable_layers=1)
+    theirs.backbone = _resnet_fpn_extractor(
+        torchvision.models.resnet50(norm_layer=norm), trainable_layers=1
+    )
     theirs.load_state_dict(state)
     ours = frcnn.coco_faster_rcnn()
     norm = functools.partial(frcnn.FrozenBatchNorm2d, eps=0.0)
@@ -90,7 +94,9 @@ def detectors() -> tuple[torch.nn.Module, torch.nn.Module]:
     return theirs, ours
 
 
-def torchvision_forward(theirs: torch.nn.Module, images: torch.Tensor, targets: list[dict] | None = None) -> object:
+def torchvision_forward(
+    theirs: torch.nn.Module, images: torch.Tensor, targets: list[dict] | None = None
+) -> object:
     """Their detector without its resizing: the images are what they are for both."""
     sizes = [tuple(images.shape[-2:])] * len(images)
     maps = theirs.backbone(images)
@@ -129,12 +135,14 @@ def operators(runs: int) -> dict[str, list[float]]:
     for groups in (5, 80):
         group = torch.arange(4000) % groups
         both = (
-            functools.partial(f, boxes, scores, group, 0.7) for f in (torchvision.ops.batched_nms, frcnn.batched_nms)
+            functools.partial(f, boxes, scores, group, 0.7)
+            for f in (torchvision.ops.batched_nms, frcnn.batched_nms)
         )
         rows[f"batched nms, 4,000 boxes, {groups} groups"] = medians(runs, *both)
 
     maps = [
-        torch.randn(1, 256, 800 // s, 800 // s).contiguous(memory_format=torch.channels_last) for s in (4, 8, 16, 32)
+        torch.randn(1, 256, 800 // s, 800 // s).contiguous(memory_format=torch.channels_last)
+        for s in (4, 8, 16, 32)
     ]
     boxes, _ = random_boxes(1000)
     theirs = torchvision.ops.MultiScaleRoIAlign(list("0123"), 7, 2)
@@ -143,7 +151,9 @@ def operators(runs: int) -> dict[str, list[float]]:
         lambda maps: theirs(dict(zip("0123", maps, strict=True)), [boxes], [(800, 800)]),
         lambda maps: ours(maps, [boxes], (800, 800)),
     )
-    rows["ROIAlign forward, 1,000 regions"] = medians(runs, *(functools.partial(pool, maps) for pool in pools))
+    rows["ROIAlign forward, 1,000 regions"] = medians(
+        runs, *(functools.partial(pool, maps) for pool in pools)
+    )
     learning = [level.clone(memory_format=torch.preserve_format).requires_grad_() for level in maps]
     both = (functools.partial(lambda pool: pool(learning).sum().backward(), pool) for pool in pools)
     rows["ROIAlign forward and backward"] = medians(max(3, runs // 3), *both)
@@ -173,7 +183,9 @@ def operators(runs: int) -> dict[str, list[float]]:
     logits[:, sorted(set(range(91)) - set(used))] = -100
     rows["post-processing, 1,000 × 81"] = medians(
         runs,
-        lambda: theirs.roi_heads.postprocess_detections(logits, deltas.flatten(1), [boxes], [(800, 800)]),
+        lambda: theirs.roi_heads.postprocess_detections(
+            logits, deltas.flatten(1), [boxes], [(800, 800)]
+        ),
         lambda: ours.detections(logits[:, used], deltas[:, used], [boxes], [(800, 800)]),
     )
     return rows
@@ -197,13 +209,19 @@ def whole_detector(runs: int) -> dict[str, list[float]]:
 
         with torch.no_grad():
             base, full, half = medians(
-                repeats, functools.partial(torchvision_forward, theirs, images), functools.partial(ours, images), bf16
+                repeats,
+                functools.partial(torchvision_forward, theirs, images),
+                functools.partial(ours, images),
+                bf16,
             )
         rows[f"inference, batch {batch}"] = [base, full]
         rows[f"inference in bfloat16, batch {batch}"] = [base, half]
         theirs.train(), ours.train()
         steps = (
-            training_step(functools.partial(torchvision_forward, theirs, images, targets), list(theirs.parameters())),
+            training_step(
+                functools.partial(torchvision_forward, theirs, images, targets),
+                list(theirs.parameters()),
+            ),
             training_step(functools.partial(ours, images, targets), list(ours.parameters())),
         )
         rows[f"training step, batch {batch}"] = medians(repeats, *steps)
@@ -218,7 +236,9 @@ def peak_megabytes(side: str) -> float:
         "theirs": (functools.partial(torchvision_forward, theirs, images, targets), theirs),
         "ours": (functools.partial(ours, images, targets), ours),
     }[side]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far, which building both models took
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # forget the highest so far, which building both models took
     step = training_step(forward, list(model.parameters()))
     step(), step()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -252,7 +272,11 @@ def stages(runs: int) -> dict[str, dict[str, float]]:
             with FlopCounterMode(display=False) as counter:
                 call()
             flops = counter.get_total_flops()
-            table[name] = {"seconds": seconds[name], "gflops": flops / 1e9, "of_best": flops / seconds[name] / rate}
+            table[name] = {
+                "seconds": seconds[name],
+                "gflops": flops / 1e9,
+                "of_best": flops / seconds[name] / rate,
+            }
     return table
 
 
@@ -267,9 +291,15 @@ def input_rate(photographs: int = 300) -> dict[str, float]:
     encoded = io.BytesIO()
     PIL.Image.open(path).convert("RGB").resize((640, 480)).save(encoded, "jpeg", quality=92)
     image = {"bytes": encoded.getvalue(), "path": None}
-    objects = {"bbox_id": [0], "category": [0], "bbox": [[10.0, 20.0, 200.0, 300.0]], "area": [900.0]}
+    objects = {
+        "bbox_id": [0],
+        "category": [0],
+        "bbox": [[10.0, 20.0, 200.0, 300.0]],
+        "area": [900.0],
+    }
     rows = [
-        {"image_id": i, "image": image, "width": 640, "height": 480, "objects": objects} for i in range(photographs)
+        {"image_id": i, "image": image, "width": 640, "height": 480, "objects": objects}
+        for i in range(photographs)
     ]
 
     def bare() -> None:
@@ -312,10 +342,15 @@ def growth(runs: int) -> dict[str, dict[int, float]]:
 
 def keep(results: dict) -> None:
     """Put results into the file, beside those of the other script, with the machine and the versions."""
-    versions = {name: module.__version__ for name, module in (("torch", torch), ("torchvision", torchvision))}
+    versions = {
+        name: module.__version__
+        for name, module in (("torch", torch), ("torchvision", torchvision))
+    }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps(old | {"machine": machine, "versions": versions} | results, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps(old | {"machine": machine, "versions": versions} | results, indent=1) + "\n"
+    )
 
 
 def draw(rows: dict[str, list[float]]) -> None:
@@ -326,7 +361,10 @@ def draw(rows: dict[str, list[float]]) -> None:
     ax.bar_label(bars, fmt="%.2f", padding=4)
     ax.axvline(1, color="black", linestyle="--")
     ax.invert_yaxis()
-    ax.set(xlabel="time of frcnn_common / time of torchvision", xlim=(0, max(1.2, 1.15 * max(ratios.values()))))
+    ax.set(
+        xlabel="time of frcnn_common / time of torchvision",
+        xlim=(0, max(1.2, 1.15 * max(ratios.values()))),
+    )
     frcnn.save_figure(figure, "benchmark.png")
 
 
@@ -334,7 +372,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument(
-        "--peak", choices=("ours", "theirs"), help="print the peak memory of one side, and nothing else"
+        "--peak",
+        choices=("ours", "theirs"),
+        help="print the peak memory of one side, and nothing else",
     )
     args = parser.parse_args()
     if args.peak:
@@ -346,7 +386,8 @@ def main() -> None:
     draw(rows)
     command = [sys.executable, __file__, "--peak"]
     memory = {
-        s: float(subprocess.run([*command, s], capture_output=True, check=True).stdout) for s in ("theirs", "ours")
+        s: float(subprocess.run([*command, s], capture_output=True, check=True).stdout)
+        for s in ("theirs", "ours")
     }
     print("peak memory of a training step, batch 2, MB:", memory)
     results = {

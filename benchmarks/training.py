@@ -17,7 +17,12 @@ from speed import keep
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNPredictor, RPNHead, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import (
+    AnchorGenerator,
+    FastRCNNPredictor,
+    RPNHead,
+    TwoMLPHead,
+)
 from torchvision.models.resnet import Bottleneck
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -31,15 +36,22 @@ class NarrowBackbone(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), nn.MaxPool2d(3, 2, 1)
+            nn.Conv2d(3, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(True),
+            nn.MaxPool2d(3, 2, 1),
         )
         stages, channels = [], width
         for i, depth in enumerate((3, 4, 6, 3)):
             planes, stride = width * 2**i, 1 if i == 0 else 2
             outer = planes * Bottleneck.expansion
-            shortcut = nn.Sequential(nn.Conv2d(channels, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
+            shortcut = nn.Sequential(
+                nn.Conv2d(channels, outer, 1, stride, bias=False), nn.BatchNorm2d(outer)
+            )
             blocks = [Bottleneck(channels, planes, stride, shortcut)]
-            stages.append(nn.Sequential(*blocks, *(Bottleneck(outer, planes) for _ in range(depth - 1))))
+            stages.append(
+                nn.Sequential(*blocks, *(Bottleneck(outer, planes) for _ in range(depth - 1)))
+            )
             channels = outer
         self.stages = nn.ModuleList(stages)
         self.fpn = torchvision.ops.FeaturePyramidNetwork(
@@ -64,11 +76,16 @@ def torchvision_twin() -> FasterRCNN:
     """torchvision's detector with every number of `tiny_faster_rcnn`."""
     ours = frcnn.tiny_faster_rcnn()
     rpn, gen, channels = ours.rpn, ours.rpn.anchor_gen, ours.fpn.out_channels
-    anchors = AnchorGenerator(tuple((s,) for s in gen.anchor_sizes), (gen.aspect_ratios,) * len(gen.anchor_sizes))
+    anchors = AnchorGenerator(
+        tuple((s,) for s in gen.anchor_sizes), (gen.aspect_ratios,) * len(gen.anchor_sizes)
+    )
     pre, post = (n if isinstance(n, tuple) else (n, n) for n in (rpn.pre_nms, rpn.post_nms))
     fc_dim = ours.box_head.fc2.out_features
     pool = MultiScaleRoIAlign(
-        list("0123"), ours.roi_align.out_size, ours.roi_align.sampling, canonical_level=ours.roi_align.k0
+        list("0123"),
+        ours.roi_align.out_size,
+        ours.roi_align.sampling,
+        canonical_level=ours.roi_align.k0,
     )
     return FasterRCNN(
         NarrowBackbone(),
@@ -127,7 +144,9 @@ def timed_run(model: nn.Module, steps: int, val_scenes: int) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=frcnn.TINY_STEPS, help="of our detector")
-    parser.add_argument("--torchvision-steps", type=int, default=800, help="0 leaves torchvision out")
+    parser.add_argument(
+        "--torchvision-steps", type=int, default=800, help="0 leaves torchvision out"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--val-scenes", type=int, default=200)
     args = parser.parse_args()
@@ -138,12 +157,16 @@ def main() -> None:
         print(f"seed {seed} ours        {json.dumps(ours[-1])}", flush=True)
         if args.torchvision_steps:
             torch.manual_seed(seed)
-            theirs.append(timed_run(TorchvisionInOurShape(), args.torchvision_steps, args.val_scenes))
+            theirs.append(
+                timed_run(TorchvisionInOurShape(), args.torchvision_steps, args.val_scenes)
+            )
             print(f"seed {seed} torchvision {json.dumps(theirs[-1])}", flush=True)
     for name, runs in (("ours", ours), ("torchvision", theirs)):
         for key in ("seconds", "AP", "AP50") if runs else ():
             values = [run[key] for run in runs]
-            print(f"{name}: {key} median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}")
+            print(
+                f"{name}: {key} median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}"
+            )
     if theirs:
         keep({"training": {"ours": ours, "torchvision": theirs}})
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]

@@ -28,11 +28,18 @@ PATIENCE = 180  # seconds
 def browser(tmp_path):
     options = webdriver.ChromeOptions()
     quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
-    for flag in ("headless=new", "no-sandbox", "no-first-run", *(f"disable-{name}" for name in quiet)):
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "no-first-run",
+        *(f"disable-{name}" for name in quiet),
+    ):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
     options.add_argument("--window-size=1400,1000")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")  # no network but this machine
+    options.add_argument(
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    )  # no network but this machine
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.set_script_timeout(PATIENCE)
@@ -43,7 +50,9 @@ def browser(tmp_path):
 def requests_of(browser) -> list[str]:
     """Addresses that the page asked for."""
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
 
 
 def test_there_are_pages():
@@ -56,7 +65,9 @@ def test_there_are_pages():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_needs_no_network(page, browser):
     browser.get(page.as_uri())
-    WebDriverWait(browser, PATIENCE).until(lambda b: b.execute_script("return document.readyState") == "complete")
+    WebDriverWait(browser, PATIENCE).until(
+        lambda b: b.execute_script("return document.readyState") == "complete"
+    )
     if "$" in page.read_text(encoding="utf-8") and "index" not in page.name:
         WebDriverWait(browser, PATIENCE).until(
             lambda b: b.find_elements(By.CSS_SELECTOR, ".MathJax, .MathJax_CHTML, mjx-container")
@@ -74,7 +85,9 @@ def test_a_page_needs_no_network(page, browser):
 
 
 SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # all cells are in the page, seen or not
+    "notebook-extension/tracker": {
+        "windowingMode": "none"
+    },  # all cells are in the page, seen or not
     "apputils-extension/notification": {"fetchNews": "false"},
 }
 
@@ -92,9 +105,18 @@ def lab(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--no-browser", f"--port={port}", "--IdentityProvider.token=lesson", f"--ServerApp.root_dir={folder}"]
+    options = [
+        "--no-browser",
+        f"--port={port}",
+        "--IdentityProvider.token=lesson",
+        f"--ServerApp.root_dir={folder}",
+    ]
     options += ["--LabApp.expose_app_in_browser=True", "--allow-root"]
-    offline = {"HF_HUB_OFFLINE": "1", "FRCNN_DATA": "glyphs", "FRCNN_FIGURES": str(tmp_path / "figures")}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "FRCNN_DATA": "glyphs",
+        "FRCNN_FIGURES": str(tmp_path / "figures"),
+    }
     environment = os.environ | offline | {"JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
     environment.pop("FRCNN_STILL", None)  # here the controls are wanted
     with (tmp_path / "lab.log").open("w") as log:
@@ -111,18 +133,27 @@ def test_a_slider_moves_its_picture(lab, browser):
     browser.get(lab)
     wait = WebDriverWait(browser, PATIENCE)
     has_kernel = "return [...jupyterapp.shell.widgets('main')].some(panel => panel.sessionContext?.session?.kernel)"
-    wait.until(lambda b: b.execute_script("return !!window.jupyterapp") and b.execute_script(has_kernel))
+    wait.until(
+        lambda b: b.execute_script("return !!window.jupyterapp") and b.execute_script(has_kernel)
+    )
     browser.find_element(
         By.CSS_SELECTOR, ".jp-Notebook .jp-Cell"
     ).click()  # the command below goes to what has the focus
-    run_all = "jupyterapp.commands.execute('notebook:run-all-cells').then(arguments[0], arguments[0])"
+    run_all = (
+        "jupyterapp.commands.execute('notebook:run-all-cells').then(arguments[0], arguments[0])"
+    )
     browser.execute_async_script(run_all)
-    handle = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".widget-slider .noUi-handle"))[0]
+    handle = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, ".widget-slider .noUi-handle"))[
+        0
+    ]
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
 
     def picture(_) -> str | None:
         box = handle.find_element(By.XPATH, "ancestor::div[contains(@class, 'widget-interact')]")
-        return next((image.get_attribute("src") for image in box.find_elements(By.CSS_SELECTOR, "img")), None)
+        return next(
+            (image.get_attribute("src") for image in box.find_elements(By.CSS_SELECTOR, "img")),
+            None,
+        )
 
     before = wait.until(picture)
     handle.send_keys(Keys.ARROW_RIGHT)

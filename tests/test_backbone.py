@@ -37,8 +37,16 @@ def test_bottleneck_has_its_stride_on_the_3x3():
     shortcut = nn.Conv2d(16, 32, 1, 2)
     block = frcnn.Bottleneck(16, 8, stride=2, downsample=shortcut)
     assert frcnn.Bottleneck.expansion == 4
-    assert [conv.stride for conv in (block.conv1, block.conv2, block.conv3)] == [(1, 1), (2, 2), (1, 1)]
-    assert [conv.kernel_size for conv in (block.conv1, block.conv2, block.conv3)] == [(1, 1), (3, 3), (1, 1)]
+    assert [conv.stride for conv in (block.conv1, block.conv2, block.conv3)] == [
+        (1, 1),
+        (2, 2),
+        (1, 1),
+    ]
+    assert [conv.kernel_size for conv in (block.conv1, block.conv2, block.conv3)] == [
+        (1, 1),
+        (3, 3),
+        (1, 1),
+    ]
     assert block(torch.randn(1, 16, 10, 10)).shape == (1, 32, 5, 5)
 
 
@@ -51,7 +59,12 @@ def test_stages_have_3_4_6_3_blocks():
 def test_maps_of_a_400_px_image():
     with torch.no_grad():
         maps = frcnn.ResNet50().eval()(torch.randn(1, 3, 400, 400))
-    assert [tuple(m.shape[1:]) for m in maps] == [(256, 100, 100), (512, 50, 50), (1024, 25, 25), (2048, 13, 13)]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (256, 100, 100),
+        (512, 50, 50),
+        (1024, 25, 25),
+        (2048, 13, 13),
+    ]
 
 
 def test_narrow_widths_scale_all_channels():
@@ -77,11 +90,15 @@ def test_with_torchvisions_weights_the_maps_are_torchvisions():
             nn.init.uniform_(module.running_var, 0.5, 1)
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
     weights = [value for name, value in reference.state_dict().items() if not name.startswith("fc")]
-    mine.load_state_dict(dict(zip(mine.state_dict(), weights, strict=True)))  # both list their layers in order
+    mine.load_state_dict(
+        dict(zip(mine.state_dict(), weights, strict=True))
+    )  # both list their layers in order
     image = torch.randn(1, 3, 75, 107)
     with torch.no_grad():
         stem = reference.maxpool(reference.relu(reference.bn1(reference.conv1(image))))
-        expected = [stem := layer(stem) for layer in (getattr(reference, f"layer{i}") for i in (1, 2, 3, 4))]
+        expected = [
+            stem := layer(stem) for layer in (getattr(reference, f"layer{i}") for i in (1, 2, 3, 4))
+        ]
         for mine_map, its_map in zip(mine(image), expected, strict=True):
             torch.testing.assert_close(mine_map, its_map, atol=1e-4, rtol=1e-4)
 
@@ -117,7 +134,9 @@ def test_frozen_stages_normalise_with_their_statistics_in_train_mode():
     backbone.has_weights = True
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(backbone.train()(image)[0], backbone.eval()(image)[0], atol=0, rtol=0)
+        torch.testing.assert_close(
+            backbone.train()(image)[0], backbone.eval()(image)[0], atol=0, rtol=0
+        )
 
 
 def test_frozen_random_stages_warn_once_in_training():
@@ -139,7 +158,9 @@ def test_loaded_weights_and_live_stages_do_not_warn(inside_another):
     weights = frcnn.ResNet50(width=8).state_dict()
     loaded = frcnn.ResNet50(width=8, frozen_stages=4)
     if inside_another:
-        nn.ModuleDict({"backbone": loaded}).load_state_dict({f"backbone.{k}": v for k, v in weights.items()})
+        nn.ModuleDict({"backbone": loaded}).load_state_dict(
+            {f"backbone.{k}": v for k, v in weights.items()}
+        )
     else:
         loaded.load_state_dict(weights)
     with warnings.catch_warnings():
@@ -150,9 +171,14 @@ def test_loaded_weights_and_live_stages_do_not_warn(inside_another):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 def test_frozen_batch_norm_equals_torchvisions(eps):
-    mine, reference = frcnn.FrozenBatchNorm2d(6, eps=eps), torchvision.ops.FrozenBatchNorm2d(6, eps=eps)
+    mine, reference = (
+        frcnn.FrozenBatchNorm2d(6, eps=eps),
+        torchvision.ops.FrozenBatchNorm2d(6, eps=eps),
+    )
     for name, value in mine.named_buffers():
-        values = torch.rand(6) * 1e-4 + 1e-5 if name == "running_var" else torch.randn(6)  # so small that eps counts
+        values = (
+            torch.rand(6) * 1e-4 + 1e-5 if name == "running_var" else torch.randn(6)
+        )  # so small that eps counts
         value.copy_(values)
     reference.load_state_dict(mine.state_dict())
     x = torch.randn(2, 6, 5, 4)
@@ -164,7 +190,9 @@ def test_frozen_batch_norm_is_batch_norm_in_eval_mode():
     live, frozen = nn.BatchNorm2d(6), frcnn.FrozenBatchNorm2d(6)
     for _ in range(3):
         live(torch.randn(4, 6, 3, 3) * 2 + 1)
-    state = {name: value for name, value in live.state_dict().items() if name != "num_batches_tracked"}
+    state = {
+        name: value for name, value in live.state_dict().items() if name != "num_batches_tracked"
+    }
     frozen.load_state_dict(state)
     x = torch.randn(2, 6, 5, 4)
     torch.testing.assert_close(frozen.train()(x), live.eval()(x), atol=1e-5, rtol=0)
@@ -214,7 +242,11 @@ def test_checkpointing_leaves_frozen_stages_out(monkeypatch):
     backbone = frcnn.ResNet50(width=8, frozen_stages=3, checkpointing=True)
     backbone.has_weights = True
     stages, checkpoint = [], frcnn.checkpoint
-    monkeypatch.setattr(frcnn, "checkpoint", lambda stage, *a, **k: stages.append(stage) or checkpoint(stage, *a, **k))
+    monkeypatch.setattr(
+        frcnn,
+        "checkpoint",
+        lambda stage, *a, **k: stages.append(stage) or checkpoint(stage, *a, **k),
+    )
     backbone.train()(torch.randn(2, 3, 64, 64))
     assert stages == [backbone.layer3, backbone.layer4]
     with torch.no_grad():
@@ -226,7 +258,10 @@ def test_checkpointing_leaves_frozen_stages_out(monkeypatch):
 
 
 def test_pyramid_of_a_400_px_image():
-    maps = [torch.randn(2, c, s, s) for c, s in zip((256, 512, 1024, 2048), (100, 50, 25, 13), strict=True)]
+    maps = [
+        torch.randn(2, c, s, s)
+        for c, s in zip((256, 512, 1024, 2048), (100, 50, 25, 13), strict=True)
+    ]
     pyramid = frcnn.FPN()(tuple(maps))
     assert [tuple(p.shape) for p in pyramid] == [(2, 256, s, s) for s in (100, 50, 25, 13, 7)]
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 import frcnn_common as frcnn
 
 
-def random_boxes(count: int, seed: int = 0, side: float = 200.0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_boxes(
+    count: int, seed: int = 0, side: float = 200.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Overlapping boxes ``[N, 4]`` and scores ``[N]``."""
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(count, 2, generator=generator) * side
@@ -41,7 +43,9 @@ def test_category_ids_have_cocos_gaps():
 
 def test_category_ids_agree_with_torchvisions_names():
     # torchvision names all 91 ids, "N/A" where COCO published nothing
-    published = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    published = torchvision.models.detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta[
+        "categories"
+    ]
     assert [published[i] for i in frcnn.COCO_CATEGORY_IDS] == list(frcnn.COCO_NAMES)
     label_of = {category: label for label, category in enumerate(frcnn.COCO_CATEGORY_IDS)}
     assert [label_of[category] for category in frcnn.COCO_CATEGORY_IDS] == list(range(81))
@@ -62,13 +66,17 @@ def test_imagenet_statistics_broadcast_over_an_image():
 def test_iou_of_hand_made_boxes():
     a = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     b = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [5, 5, 15, 15], [10, 0, 20, 10]])
-    expected = torch.tensor([[1, 0.5, 25 / 175, 0], [0, 0, 0, 0]])  # touching edges share nothing: no "+ 1" in widths
+    expected = torch.tensor(
+        [[1, 0.5, 25 / 175, 0], [0, 0, 0, 0]]
+    )  # touching edges share nothing: no "+ 1" in widths
     torch.testing.assert_close(frcnn.box_iou(a, b), expected, atol=1e-7, rtol=0)
 
 
 def test_iou_equals_torchvision():
     a, b = random_boxes(60, seed=1)[0], random_boxes(90, seed=2)[0]
-    torch.testing.assert_close(frcnn.box_iou(a, b), torchvision.ops.box_iou(a, b), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        frcnn.box_iou(a, b), torchvision.ops.box_iou(a, b), atol=1e-6, rtol=0
+    )
 
 
 def test_iou_of_boxes_without_area_is_0():
@@ -113,13 +121,17 @@ def test_encode_is_shift_in_sizes_and_log_of_size_ratio(weights):
     proposal, gt = torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 10, 25, 70]])
     # centre (5, 10) -> (15, 40); size (10, 20) -> (20, 60)
     expected = torch.tensor([[1.0, 1.5, math.log(2), math.log(3)]]) * torch.tensor(weights)
-    torch.testing.assert_close(frcnn.encode_boxes(proposal, gt, weights), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        frcnn.encode_boxes(proposal, gt, weights), expected, atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (10, 10, 5, 5), (1, 2, 3, 4)])
 def test_decode_undoes_encode(weights):
     proposals, gt = random_boxes(300, seed=5)[0], random_boxes(300, seed=6)[0]
-    decoded = frcnn.decode_boxes(proposals, frcnn.encode_boxes(proposals, gt, weights), weights, max_log_scale=6.0)
+    decoded = frcnn.decode_boxes(
+        proposals, frcnn.encode_boxes(proposals, gt, weights), weights, max_log_scale=6.0
+    )
     torch.testing.assert_close(decoded, gt, atol=1e-3, rtol=0)
 
 
@@ -129,15 +141,22 @@ def test_encode_and_decode_equal_torchvisions_coder():
     deltas = torch.randn(300, 4, generator=torch.Generator().manual_seed(9)) * 8
     weights = (10, 10, 5, 5)
     torch.testing.assert_close(
-        frcnn.encode_boxes(proposals, gt, weights), coder.encode_single(gt, proposals), atol=1e-4, rtol=1e-5
+        frcnn.encode_boxes(proposals, gt, weights),
+        coder.encode_single(gt, proposals),
+        atol=1e-4,
+        rtol=1e-5,
     )
     decoded = frcnn.decode_boxes(proposals, deltas, weights, max_log_scale=math.log(1000 / 16))
-    torch.testing.assert_close(decoded, coder.decode_single(deltas, proposals), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        decoded, coder.decode_single(deltas, proposals), atol=1e-3, rtol=1e-5
+    )
 
 
 def test_decode_of_zeros_is_the_anchor():
     anchors = random_boxes(50, seed=10)[0]
-    torch.testing.assert_close(frcnn.decode_boxes(anchors, torch.zeros(50, 4)), anchors, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        frcnn.decode_boxes(anchors, torch.zeros(50, 4)), anchors, atol=1e-4, rtol=0
+    )
 
 
 def test_decode_clamps_growth():
@@ -148,7 +167,9 @@ def test_decode_clamps_growth():
     torch.testing.assert_close(frcnn.decode_boxes(anchor, wild), expected, atol=1e-3, rtol=0)
     half = 5 * math.exp(2.0)
     expected = torch.tensor([[5 - half, 5 - half, 5 + half, 5 + half]])
-    torch.testing.assert_close(frcnn.decode_boxes(anchor, wild, max_log_scale=2.0), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        frcnn.decode_boxes(anchor, wild, max_log_scale=2.0), expected, atol=1e-3, rtol=0
+    )
 
 
 def test_decode_does_not_clamp_shrinking():
@@ -158,7 +179,9 @@ def test_decode_does_not_clamp_shrinking():
 
 def test_decode_clamps_after_the_weights():
     # 15 / 5 = 3 stays below the clamp of 4
-    decoded = frcnn.decode_boxes(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 15, 15]]), (10, 10, 5, 5))
+    decoded = frcnn.decode_boxes(
+        torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 15, 15]]), (10, 10, 5, 5)
+    )
     assert (decoded[0, 2] - decoded[0, 0]).item() == pytest.approx(10 * math.exp(3), rel=1e-5)
 
 
@@ -202,7 +225,9 @@ def greedy(boxes: list, scores: list, groups: list, threshold: float) -> list[in
     """The sentence itself: best first, keep a box unless a kept one of its group overlaps it by more."""
     kept = []
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):  # Python's sort is stable
-        if all(groups[i] != groups[j] or float(overlaps(boxes[i], boxes[j])) <= threshold for j in kept):
+        if all(
+            groups[i] != groups[j] or float(overlaps(boxes[i], boxes[j])) <= threshold for j in kept
+        ):
             kept.append(i)
     return kept
 
@@ -235,7 +260,9 @@ def test_nms_decides_exact_ties_as_torchvision_does(threshold):
     boxes = torch.cat((corner, corner + size), dim=1).float()
     scores = torch.rand(600, generator=generator)
     assert (frcnn.box_iou(boxes, boxes) == torch.tensor(threshold)).any()
-    assert torch.equal(frcnn.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+    assert torch.equal(
+        frcnn.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold)
+    )
 
 
 @pytest.mark.parametrize("threshold, kept", [(0.3, [0]), (0.7, [0, 1])])
@@ -280,14 +307,23 @@ def test_nms_in_half_precision_does_not_overflow():
 
 def test_batched_nms_suppresses_only_inside_a_group():
     boxes = torch.tensor([[0.0, 0, 10, 10]] * 4)
-    kept = frcnn.batched_nms(boxes, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([7, 0, 7, 0]), 0.5)
+    kept = frcnn.batched_nms(
+        boxes, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([7, 0, 7, 0]), 0.5
+    )
     assert kept.tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7])
 def test_batched_nms_equals_torchvision_group_by_group(threshold):
     block = frcnn._NMS_BLOCK
-    sizes = {0: 1, 1: 3 * block + 17, 3: block, 4: block + 1, 9: 2, 80: 5 * block}  # more than one block, and less
+    sizes = {
+        0: 1,
+        1: 3 * block + 17,
+        3: block,
+        4: block + 1,
+        9: 2,
+        80: 5 * block,
+    }  # more than one block, and less
     groups = torch.cat([torch.full((size,), group) for group, size in sizes.items()])
     groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(16))]
     boxes, scores = random_boxes(len(groups), seed=17, side=100)
@@ -298,11 +334,15 @@ def test_batched_nms_equals_torchvision_group_by_group(threshold):
 def test_batched_nms_with_many_small_groups_and_ties():
     boxes, scores = random_boxes(1500, seed=18, side=60)
     scores, groups = (scores * 10).round() / 10, torch.arange(1500) % 200
-    assert torch.equal(frcnn.batched_nms(boxes, scores, groups, 0.5), by_groups(boxes, scores, groups, 0.5))
+    assert torch.equal(
+        frcnn.batched_nms(boxes, scores, groups, 0.5), by_groups(boxes, scores, groups, 0.5)
+    )
 
 
 def test_batched_nms_of_nothing():
-    kept = frcnn.batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.5)
+    kept = frcnn.batched_nms(
+        torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.5
+    )
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64
 
@@ -320,6 +360,8 @@ def test_nms_equals_the_naive_loop(rows, threshold, block):
     tensors = torch.tensor(boxes).reshape(-1, 4).float(), torch.tensor(scores).float() / 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frcnn, "_NMS_BLOCK", block)  # small blocks: many borders
-        assert frcnn.nms(*tensors, threshold).tolist() == greedy(boxes, scores, [0] * len(boxes), threshold)
+        assert frcnn.nms(*tensors, threshold).tolist() == greedy(
+            boxes, scores, [0] * len(boxes), threshold
+        )
         kept = frcnn.batched_nms(*tensors, torch.tensor(groups, dtype=torch.int64), threshold)
     assert kept.tolist() == greedy(boxes, scores, groups, threshold)

@@ -36,7 +36,11 @@ def call(capfd):
         capfd.readouterr()
         code = frcnn.main(line.split())
         out, err = capfd.readouterr()
-        return code, out.splitlines(), [text for text in re.split(r"[\r\n]+", err) if text and "%|" not in text]
+        return (
+            code,
+            out.splitlines(),
+            [text for text in re.split(r"[\r\n]+", err) if text and "%|" not in text],
+        )
 
     return run
 
@@ -67,7 +71,9 @@ def test_train_ends_with_one_json_line(call, tmp_path):
     assert result["steps"] == 2
     assert result["images_per_second"] == pytest.approx(4 / result["seconds"])
     assert list(result["losses"]) == ["loss", *frcnn.LOSS_NAMES]
-    assert result["losses"]["loss"] == pytest.approx(sum(result["losses"][name] for name in frcnn.LOSS_NAMES))
+    assert result["losses"]["loss"] == pytest.approx(
+        sum(result["losses"][name] for name in frcnn.LOSS_NAMES)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -103,7 +109,9 @@ def test_evaluate_takes_annotations_and_split(split, call, trained, coco_tiny):
 def test_evaluate_uses_the_size_of_the_training(call, trained, monkeypatch):
     sizes = []
     monkeypatch.setattr(
-        frcnn, "evaluate", lambda model, dataset, **options: sizes.append((dataset.image_size, dataset.split)) or {}
+        frcnn,
+        "evaluate",
+        lambda model, dataset, **options: sizes.append((dataset.image_size, dataset.split)) or {},
     )
     call(f"evaluate --checkpoint {trained} --source glyphs")
     assert sizes == [(64, "val")]
@@ -112,12 +120,16 @@ def test_evaluate_uses_the_size_of_the_training(call, trained, monkeypatch):
 def test_seed_decides_the_run(call, tmp_path):
     losses = []
     for seed in (1, 1, 2):
-        _, out, _ = call(f"train {TINY} --source glyphs --steps 1 --seed {seed} --checkpoint {tmp_path}/c.pt")
+        _, out, _ = call(
+            f"train {TINY} --source glyphs --steps 1 --seed {seed} --checkpoint {tmp_path}/c.pt"
+        )
         losses.append(json.loads(out[-1])["losses"])
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_whole_data_set_is_shuffled_and_a_part_keeps_its_order(call, glyph_shards, monkeypatch, tmp_path):
+def test_whole_data_set_is_shuffled_and_a_part_keeps_its_order(
+    call, glyph_shards, monkeypatch, tmp_path
+):
     seen = []
 
     def keep(model, loader, steps, *arguments, **options):
@@ -150,7 +162,9 @@ def stopped_at(monkeypatch, step, line):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["glyphs", "coco"])
-def test_resumed_run_ends_as_the_uninterrupted_one(source, workers, call, coco_tiny, monkeypatch, tmp_path):
+def test_resumed_run_ends_as_the_uninterrupted_one(
+    source, workers, call, coco_tiny, monkeypatch, tmp_path
+):
     monkeypatch.setattr(frcnn, "_SHUFFLE_BUFFER", 8)
     # `datasets` waits 5 s whenever a shuffled pass ends.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
@@ -166,11 +180,16 @@ def test_resumed_run_ends_as_the_uninterrupted_one(source, workers, call, coco_t
 def test_ctrl_c_says_one_line(capfd, monkeypatch, tmp_path):
     line = f"train {TINY} --source glyphs --steps 3 --checkpoint {tmp_path}/c.pt"
     assert stopped_at(monkeypatch, 2, line) == 130
-    assert capfd.readouterr().err.splitlines()[-1] == "frcnn_common: stopped; the last checkpoint holds"
+    assert (
+        capfd.readouterr().err.splitlines()[-1]
+        == "frcnn_common: stopped; the last checkpoint holds"
+    )
 
 
 def test_resume_of_nothing_begins(call, tmp_path):
-    code, out, err = call(f"train {TINY} --source glyphs --steps 1 --checkpoint {tmp_path}/c.pt --resume")
+    code, out, err = call(
+        f"train {TINY} --source glyphs --steps 1 --checkpoint {tmp_path}/c.pt --resume"
+    )
     assert (code, err) == (0, [])
     assert "starting at step 0" in out[0]
     assert json.loads(out[-1])["steps"] == 1
@@ -187,7 +206,9 @@ def test_killed_runs_resume_to_the_same_end(call, tmp_path):
     codes = []
     for after_a_save, most in ((False, 2.0), (True, 0.1), (True, 0.1)):
         before = last_save()
-        process = subprocess.Popen([*command, *f"{line}/killed.pt --resume".split()], cwd=tmp_path, stderr=DEVNULL)
+        process = subprocess.Popen(
+            [*command, *f"{line}/killed.pt --resume".split()], cwd=tmp_path, stderr=DEVNULL
+        )
         while after_a_save and process.poll() is None and last_save() == before:
             time.sleep(0.005)
         time.sleep(random.uniform(0, most))
@@ -196,7 +217,9 @@ def test_killed_runs_resume_to_the_same_end(call, tmp_path):
     assert codes[:2] == [-signal.SIGKILL, -signal.SIGKILL]  # the third may have been at its end
     code, resumed, err = call(f"{line}/killed.pt --resume")
     assert (code, err) == (0, [])
-    assert json.loads(resumed[-1])["losses"] == pytest.approx(json.loads(out[-1])["losses"], rel=1e-4)
+    assert json.loads(resumed[-1])["losses"] == pytest.approx(
+        json.loads(out[-1])["losses"], rel=1e-4
+    )
 
 
 # Bad input
@@ -218,7 +241,9 @@ def files(trained, coco_tiny, glyph_shards, tmp_path):
         (tmp_path / name).mkdir()
     shard = (coco_tiny / "train-00000-of-00001.parquet").read_bytes()
     (tmp_path / "half" / "train-00000-of-00001.parquet").write_bytes(shard[: len(shard) // 2])
-    (tmp_path / "only_val" / "val-00000.parquet").write_bytes((glyph_shards / "val-00000.parquet").read_bytes())
+    (tmp_path / "only_val" / "val-00000.parquet").write_bytes(
+        (glyph_shards / "val-00000.parquet").read_bytes()
+    )
     table = pyarrow.table({"image_id": [1]})
     pyarrow.parquet.write_table(table, tmp_path / "no_columns" / "train-00000.parquet")
     # A shard whose end is whole and whose rows are not, behind the rows that are read before training begins.
@@ -247,11 +272,20 @@ BAD = {
     "no size": ("train --model tiny --image-size 0 --checkpoint {files}/whole.pt", "--image-size"),
     "never saved": ("train {tiny} --save-every 0 --checkpoint {files}/whole.pt", "--save-every"),
     "no samples": ("train {tiny} --max-samples 0 --checkpoint {files}/whole.pt", "--max-samples"),
-    "negative workers": ("train {tiny} --source glyphs --workers -1 --checkpoint {files}/whole.pt", "workers"),
-    "negative seed": ("train {tiny} --source glyphs --max-samples 2 --seed -1 --checkpoint {files}/whole.pt", "seed"),
+    "negative workers": (
+        "train {tiny} --source glyphs --workers -1 --checkpoint {files}/whole.pt",
+        "workers",
+    ),
+    "negative seed": (
+        "train {tiny} --source glyphs --max-samples 2 --seed -1 --checkpoint {files}/whole.pt",
+        "seed",
+    ),
     "seed in words": ("train {tiny} --seed one --checkpoint {files}/whole.pt", "--seed"),
     "unknown precision": ("train {tiny} --amp fp8 --checkpoint {files}/whole.pt", "--amp"),
-    "fp16 on a CPU": ("train {tiny} --amp fp16 --source glyphs --checkpoint {files}/whole.pt", "fp16"),
+    "fp16 on a CPU": (
+        "train {tiny} --amp fp16 --source glyphs --checkpoint {files}/whole.pt",
+        "fp16",
+    ),
     "unknown split": ("evaluate --split test --checkpoint {files}/whole.pt", "--split"),
     "missing checkpoint": ("evaluate --source glyphs --checkpoint {files}/none.pt", "none.pt"),
     "torn checkpoint": ("evaluate --source glyphs --checkpoint {files}/torn.pt", "torn.pt"),
@@ -259,18 +293,48 @@ BAD = {
     "text as checkpoint": ("evaluate --source glyphs --checkpoint {files}/text.pt", "text.pt"),
     "other model": ("evaluate --source glyphs --checkpoint {files}/other.pt", "other.pt"),
     "folder as checkpoint": ("evaluate --source glyphs --checkpoint {files}/empty", "empty"),
-    "resume a torn one": ("train {tiny} --source glyphs --checkpoint {files}/torn.pt --resume", "torn.pt"),
-    "resume another model": ("train {tiny} --source glyphs --checkpoint {files}/other.pt --resume", "other.pt"),
-    "resume bare weights": ("train {tiny} --source glyphs --checkpoint {files}/bare.pt --resume", "bare.pt"),
-    "resume with other steps": ("train {tiny} --source glyphs --steps 9 --checkpoint {files}/whole.pt --resume", "9"),
+    "resume a torn one": (
+        "train {tiny} --source glyphs --checkpoint {files}/torn.pt --resume",
+        "torn.pt",
+    ),
+    "resume another model": (
+        "train {tiny} --source glyphs --checkpoint {files}/other.pt --resume",
+        "other.pt",
+    ),
+    "resume bare weights": (
+        "train {tiny} --source glyphs --checkpoint {files}/bare.pt --resume",
+        "bare.pt",
+    ),
+    "resume with other steps": (
+        "train {tiny} --source glyphs --steps 9 --checkpoint {files}/whole.pt --resume",
+        "9",
+    ),
     "train into a folder": ("train {tiny} --source glyphs --checkpoint {files}/empty", "empty"),
-    "train below a file": ("train {tiny} --source glyphs --steps 1 --checkpoint {files}/text.pt/c.pt", "text.pt"),
+    "train below a file": (
+        "train {tiny} --source glyphs --steps 1 --checkpoint {files}/text.pt/c.pt",
+        "text.pt",
+    ),
     "unknown source": ("train {tiny} --source nowhere --checkpoint {files}/whole.pt", "nowhere"),
-    "unknown source to evaluate": ("evaluate --source nowhere --checkpoint {files}/whole.pt", "nowhere"),
-    "empty folder": ("train {tiny} --source {files}/empty --checkpoint {files}/whole.pt", "train-*.parquet"),
-    "half a shard": ("train {tiny} --source {files}/half --checkpoint {files}/whole.pt", "half/train-00000-of"),
-    "other columns": ("train {tiny} --source {files}/no_columns --checkpoint {files}/whole.pt", "'objects'"),
-    "only the other split": ("train {tiny} --source {files}/only_val --checkpoint {files}/whole.pt", "train-*"),
+    "unknown source to evaluate": (
+        "evaluate --source nowhere --checkpoint {files}/whole.pt",
+        "nowhere",
+    ),
+    "empty folder": (
+        "train {tiny} --source {files}/empty --checkpoint {files}/whole.pt",
+        "train-*.parquet",
+    ),
+    "half a shard": (
+        "train {tiny} --source {files}/half --checkpoint {files}/whole.pt",
+        "half/train-00000-of",
+    ),
+    "other columns": (
+        "train {tiny} --source {files}/no_columns --checkpoint {files}/whole.pt",
+        "'objects'",
+    ),
+    "only the other split": (
+        "train {tiny} --source {files}/only_val --checkpoint {files}/whole.pt",
+        "train-*",
+    ),
     "only val to evaluate train": (
         "evaluate --source {files}/only_val --split train --checkpoint {files}/whole.pt",
         "train-*",
@@ -297,13 +361,17 @@ BAD = {
 @pytest.mark.parametrize(("line", "named"), BAD.values(), ids=BAD)
 def test_bad_input_ends_with_one_line(line, named, call, files, coco_tiny, recwarn):
     before = contents(files)
-    code, _, err = call(line.format(files=files, tiny=TINY, official=coco_tiny / "instances_val.json"))
+    code, _, err = call(
+        line.format(files=files, tiny=TINY, official=coco_tiny / "instances_val.json")
+    )
     assert code == 2
     assert len(err) == 1
     assert err[0].startswith("frcnn_common: error: ")
     assert named in err[0]
     assert contents(files) == before
-    assert [str(warning.message) for warning in recwarn] == []  # outside pytest they go to stderr as well
+    assert [
+        str(warning.message) for warning in recwarn
+    ] == []  # outside pytest they go to stderr as well
 
 
 def test_folder_as_checkpoint_is_refused_before_training(call, monkeypatch, tmp_path):
@@ -326,7 +394,9 @@ def test_folder_as_checkpoint_is_refused_before_training(call, monkeypatch, tmp_
 )
 def test_resume_with_other_settings_is_refused(changed, said, call, files, glyph_shards):
     before = contents(files)
-    line = f"train {TINY} --source glyphs --steps 2 --resume --checkpoint {files}/whole.pt {changed}"
+    line = (
+        f"train {TINY} --source glyphs --steps 2 --resume --checkpoint {files}/whole.pt {changed}"
+    )
     code, _, err = call(line.format(shards=glyph_shards))
     assert (code, len(err)) == (2, 1)
     assert said in err[0]
@@ -344,8 +414,19 @@ def test_shard_that_is_torn_inside_ends_with_one_line(workers, call, files):
 
 
 def test_process_ends_with_code_and_one_line(files):
-    command = [sys.executable, "-m", "frcnn_common", "evaluate", "--source", "glyphs", "--checkpoint", "torn.pt"]
-    process = subprocess.run(command, cwd=files, capture_output=True, text=True, env=dict(os.environ))
+    command = [
+        sys.executable,
+        "-m",
+        "frcnn_common",
+        "evaluate",
+        "--source",
+        "glyphs",
+        "--checkpoint",
+        "torn.pt",
+    ]
+    process = subprocess.run(
+        command, cwd=files, capture_output=True, text=True, env=dict(os.environ)
+    )
     assert process.returncode == 2
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1

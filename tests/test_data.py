@@ -42,11 +42,16 @@ def encoded(image: PIL.Image.Image, kind: str = "png", **options) -> bytes:
     return buffer.getvalue()
 
 
-def row(image_id: int, image: bytes | None = None, size=(8, 8), boxes=((1, 2, 5, 7),), categories=None) -> dict:
+def row(
+    image_id: int, image: bytes | None = None, size=(8, 8), boxes=((1, 2, 5, 7),), categories=None
+) -> dict:
     """A row of the Hub's columns; a small plain picture unless told otherwise."""
     return {
         "image_id": image_id,
-        "image": {"bytes": encoded(PIL.Image.new("RGB", size)) if image is None else image, "path": None},
+        "image": {
+            "bytes": encoded(PIL.Image.new("RGB", size)) if image is None else image,
+            "path": None,
+        },
         "width": size[0],
         "height": size[1],
         "objects": {
@@ -66,8 +71,12 @@ def write(folder: Path, *shards: list[dict], split: str = "train") -> Path:
     return folder
 
 
-def stream(source, split="train", image_size=8, bbox_format="xyxy", **options) -> frcnn.COCOStreamDataset:
-    return frcnn.COCOStreamDataset(split, source=source, image_size=image_size, bbox_format=bbox_format, **options)
+def stream(
+    source, split="train", image_size=8, bbox_format="xyxy", **options
+) -> frcnn.COCOStreamDataset:
+    return frcnn.COCOStreamDataset(
+        split, source=source, image_size=image_size, bbox_format=bbox_format, **options
+    )
 
 
 def image_ids(dataset, workers: int = 0, batch: int = 2) -> list[int]:
@@ -92,7 +101,16 @@ def test_scenes_hold_one_to_five_objects_of_all_eight_categories():
     scenes = [frcnn.render_glyph_scene(seed, 96)["objects"]["category"] for seed in range(120)]
     assert {len(scene) for scene in scenes} == {1, 2, 3, 4, 5}
     names = {frcnn.COCO_NAMES[category + 1] for scene in scenes for category in scene}
-    assert names == {"airplane", "umbrella", "scissors", "horse", "keyboard", "cup", "cat", "cell phone"}
+    assert names == {
+        "airplane",
+        "umbrella",
+        "scissors",
+        "horse",
+        "keyboard",
+        "cup",
+        "cat",
+        "cell phone",
+    }
 
 
 @pytest.mark.parametrize("size", [96, 160])
@@ -148,7 +166,8 @@ def test_glyph_contrast_suffices():
 
 def test_train_and_val_scenes_share_no_seed():
     seeds = {
-        split: set(range(first, first + frcnn.GLYPH_SCENES[split])) for split, first in frcnn.GLYPH_FIRST_SEED.items()
+        split: set(range(first, first + frcnn.GLYPH_SCENES[split]))
+        for split, first in frcnn.GLYPH_FIRST_SEED.items()
     }
     assert seeds.keys() == {"train", "val"}
     assert not seeds["train"] & seeds["val"]
@@ -187,7 +206,9 @@ def test_samples_are_alike_from_all_sources(coco_tiny):
         assert len(target["orig_size"]) == 2
 
 
-@pytest.mark.parametrize("given, asked", [("train", "train"), ("val", "val"), ("validation", "val")])
+@pytest.mark.parametrize(
+    "given, asked", [("train", "train"), ("val", "val"), ("validation", "val")]
+)
 def test_the_hub_is_streamed_by_the_names_of_its_splits(monkeypatch, coco_tiny, given, asked):
     load, calls = datasets.load_dataset, []
 
@@ -220,13 +241,17 @@ def test_boxes_are_scaled_to_the_square_and_labels_start_at_1(tmp_path):
 def test_image_is_normalised_with_imagenets_statistics(tmp_path):
     rows = [row(1, encoded(PIL.Image.new("RGB", (8, 8), (10, 100, 250))))]
     image, _ = next(iter(stream(write(tmp_path, rows))))
-    expected = (torch.tensor([10, 100, 250]) / 255 - frcnn.IMAGENET_MEAN.flatten()) / frcnn.IMAGENET_STD.flatten()
+    expected = (
+        torch.tensor([10, 100, 250]) / 255 - frcnn.IMAGENET_MEAN.flatten()
+    ) / frcnn.IMAGENET_STD.flatten()
     torch.testing.assert_close(image, expected.view(3, 1, 1).expand(3, 8, 8), atol=1e-5, rtol=0)
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):
     rows = [row(1, size=(40, 20), boxes=[(-5, -5, 50, 10)])]
-    assert next(iter(stream(write(tmp_path, rows), image_size=40)))[1]["boxes"].tolist() == [[0, 0, 40, 20]]
+    assert next(iter(stream(write(tmp_path, rows), image_size=40)))[1]["boxes"].tolist() == [
+        [0, 0, 40, 20]
+    ]
 
 
 def test_collate_stacks_images_and_lists_targets():
@@ -257,10 +282,14 @@ IMAGE_9 = {"width": 640, "height": 480}  # one box, its segmentation covers 1200
 
 
 @pytest.mark.parametrize(
-    "bbox, found", [([1.08, 187.69, 612.67, 473.53], "xyxy"), ([1.08, 187.69, 611.59, 285.84], "xywh")]
+    "bbox, found",
+    [([1.08, 187.69, 612.67, 473.53], "xyxy"), ([1.08, 187.69, 611.59, 285.84], "xywh")],
 )
 def test_image_9_decides_the_format(bbox, found):
-    assert frcnn.detect_bbox_format([IMAGE_9 | {"objects": {"bbox": [bbox], "area": [120057.14]}}]) == found
+    assert (
+        frcnn.detect_bbox_format([IMAGE_9 | {"objects": {"bbox": [bbox], "area": [120057.14]}}])
+        == found
+    )
 
 
 def shard_rows(coco_tiny: Path, split: str = "val") -> list[dict]:
@@ -303,7 +332,9 @@ def test_a_format_that_is_neither_is_refused(coco_tiny, tmp_path):
         stream(write(tmp_path, rows, split="val"), "val", bbox_format=None)
 
 
-@pytest.mark.parametrize("forced, boxes", [("xyxy", [[10, 10, 20, 15]]), ("xywh", [[10, 10, 30, 25]])])
+@pytest.mark.parametrize(
+    "forced, boxes", [("xyxy", [[10, 10, 20, 15]]), ("xywh", [[10, 10, 30, 25]])]
+)
 def test_a_forced_format_is_taken(tmp_path, forced, boxes):
     rows = [row(1, size=(64, 64), boxes=[(10, 10, 20, 15)])]
     target = next(iter(stream(write(tmp_path, rows), image_size=64, bbox_format=forced)))[1]
@@ -319,7 +350,10 @@ ROWS = 22  # divides by neither 3 nor 4
 def shards(tmp_path_factory) -> dict[int, Path]:
     """The same rows in one shard and in four."""
     folder, rows = tmp_path_factory.mktemp("shards"), [row(i) for i in range(ROWS)]
-    return {1: write(folder / "one", rows), 4: write(folder / "four", *(rows[i : i + 6] for i in range(0, ROWS, 6)))}
+    return {
+        1: write(folder / "one", rows),
+        4: write(folder / "four", *(rows[i : i + 6] for i in range(0, ROWS, 6))),
+    }
 
 
 @pytest.mark.parametrize("max_samples", [None, 9])
@@ -339,7 +373,9 @@ def test_every_image_comes_once(shards, workers, count, buffer, max_samples):
 @pytest.mark.parametrize("workers", [0, 2, 3])
 def test_every_scene_comes_once(monkeypatch, workers, buffer, max_samples):
     monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": 11, "val": 3})
-    seen = image_ids(stream("glyphs", image_size=32, shuffle_buffer=buffer, max_samples=max_samples), workers)
+    seen = image_ids(
+        stream("glyphs", image_size=32, shuffle_buffer=buffer, max_samples=max_samples), workers
+    )
     assert sorted(seen) == list(range(max_samples or 11))
 
 
@@ -448,9 +484,18 @@ PICTURES = {
     "gif": (lambda: encoded(palette_picture(), "gif"), (200, 100, 50)),
     "RGBA": (lambda: encoded(PIL.Image.new("RGBA", (6, 6), (10, 20, 30, 255))), (10, 20, 30)),
     "CMYK": (lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "tiff"), (255, 0, 0)),
-    "CMYK jpeg": (lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "jpeg"), (255, 0, 0)),
-    "16 bit": (lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x8040, np.uint16))), (128, 128, 128)),
-    "16 bit tiff": (lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x4010, np.uint16)), "tiff"), (64, 64, 64)),
+    "CMYK jpeg": (
+        lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "jpeg"),
+        (255, 0, 0),
+    ),
+    "16 bit": (
+        lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x8040, np.uint16))),
+        (128, 128, 128),
+    ),
+    "16 bit tiff": (
+        lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x4010, np.uint16)), "tiff"),
+        (64, 64, 64),
+    ),
 }
 
 
@@ -483,13 +528,17 @@ def turned_picture() -> bytes:
 def test_a_picture_is_turned_where_its_row_has_the_turned_size():
     image = frcnn.decode_image(turned_picture(), (10, 20))
     assert image.size == (10, 20)
-    assert [image.getpixel(at) for at in [(0, 0), (9, 0), (0, 19), (9, 19)]] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
+    assert [image.getpixel(at) for at in [(0, 0), (9, 0), (0, 19), (9, 19)]] == [
+        (255, 0, 0)
+    ] * 2 + [(0, 0, 255)] * 2
 
 
 def test_a_picture_is_not_turned_where_its_row_has_the_stored_size():
     image = frcnn.decode_image(turned_picture(), (20, 10))
     assert image.size == (20, 10)
-    assert [image.getpixel(at) for at in [(0, 0), (0, 9), (19, 0), (19, 9)]] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
+    assert [image.getpixel(at) for at in [(0, 0), (0, 9), (19, 0), (19, 9)]] == [
+        (255, 0, 0)
+    ] * 2 + [(0, 0, 255)] * 2
 
 
 def test_a_picture_of_another_size_is_refused():
@@ -511,7 +560,9 @@ def broken_exif() -> bytes:
 CORRUPT = {
     "no picture": lambda: b"not a picture",
     "nothing": lambda: b"",
-    "half": lambda: (whole := encoded(PIL.Image.effect_noise((8, 8), 90).convert("RGB"), "jpeg"))[: len(whole) // 2],
+    "half": lambda: (whole := encoded(PIL.Image.effect_noise((8, 8), 90).convert("RGB"), "jpeg"))[
+        : len(whole) // 2
+    ],
     "another size": lambda: encoded(PIL.Image.new("RGB", (4, 4))),
     "broken exif": broken_exif,
 }
@@ -554,7 +605,9 @@ def test_a_shard_without_a_column_is_named(tmp_path):
         stream(tmp_path)
 
 
-@pytest.mark.parametrize("boxes", [(), [(4, 4, 4, 6)], [(4, 4, 2, 6)], [(9, 9, 12, 12)], [(1, 1, float("nan"), 5)]])
+@pytest.mark.parametrize(
+    "boxes", [(), [(4, 4, 4, 6)], [(4, 4, 2, 6)], [(9, 9, 12, 12)], [(1, 1, float("nan"), 5)]]
+)
 def test_images_without_a_valid_box_are_skipped_in_train_and_kept_in_val(tmp_path, boxes):
     rows = [row(1, boxes=boxes), row(2)]
     with warnings.catch_warnings():
@@ -572,7 +625,9 @@ def test_the_box_of_height_0_is_dropped_and_the_others_keep_their_labels(tmp_pat
     rows = [row(200365, size=(640, 480), boxes=boxes, categories=[4, 5, 6])]
     _, target = next(iter(stream(write(tmp_path, rows), image_size=64, bbox_format="xywh")))
     assert target["labels"].tolist() == [5, 7]
-    expected = torch.tensor([[10.0, 20, 110, 70], [200, 300, 260, 380]]) * torch.tensor([0.1, 64 / 480] * 2)
+    expected = torch.tensor([[10.0, 20, 110, 70], [200, 300, 260, 380]]) * torch.tensor(
+        [0.1, 64 / 480] * 2
+    )
     torch.testing.assert_close(target["boxes"], expected, atol=1e-4, rtol=0)
     assert target["area"].shape == (2,)
 
@@ -596,7 +651,9 @@ def test_flips_change_with_the_epoch_and_come_back(shards):
 
     def flips(epoch):
         dataset.set_epoch(epoch)
-        return [bool(target["boxes"][0, 0] == 3) for _, target in dataset]  # x1 = 8 - 5 instead of 1
+        return [
+            bool(target["boxes"][0, 0] == 3) for _, target in dataset
+        ]  # x1 = 8 - 5 instead of 1
 
     first = flips(0)
     assert 4 < sum(first) < ROWS - 4
@@ -637,7 +694,9 @@ def hub(monkeypatch):
 
     def answer_with(function):
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *args, **options: function())
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "dataset_info", lambda self, *args, **options: function()
+        )
 
     return answer_with
 
@@ -687,7 +746,9 @@ class Faulty:
     def iter(self, batch_size):
         self.opened += 1
         limit = self.rows_until_fault.pop(0) if self.rows_until_fault else None
-        for count, batch in enumerate(self.stream.iter(1)):  # small batches, so that a fault may come between any rows
+        for count, batch in enumerate(
+            self.stream.iter(1)
+        ):  # small batches, so that a fault may come between any rows
             if count == limit:
                 raise ConnectionResetError("the line was cut")
             yield batch
@@ -721,7 +782,11 @@ def test_a_dropped_connection_loses_and_doubles_nothing(shuffle_buffer, remote):
     dataset, faulty, waits = remote([3, 3, 7], shuffle_buffer=shuffle_buffer)
     assert sorted(image_ids(dataset)) == list(range(12))
     assert faulty[0].opened == 4
-    assert waits == [1, 2, 1]  # the second try got no further: it waited longer; the third fault came after progress
+    assert waits == [
+        1,
+        2,
+        1,
+    ]  # the second try got no further: it waited longer; the third fault came after progress
 
 
 def test_each_try_is_told(remote):
@@ -752,12 +817,18 @@ def test_a_damaged_folder_is_not_tried_again(tmp_path, monkeypatch):
 def test_aspect_is_kept_with_boxes_and_true_sizes(tmp_path):
     folder = write(
         tmp_path / "data",
-        [row(1, size=(40, 20), boxes=[(4, 2, 20, 10)]), row(2, size=(20, 30), boxes=[(5, 6, 10, 12)])],
+        [
+            row(1, size=(40, 20), boxes=[(4, 2, 20, 10)]),
+            row(2, size=(20, 30), boxes=[(5, 6, 10, 12)]),
+        ],
     )
     dataset = stream(folder, image_size=(64, 100))
     images, targets = next(iter(DataLoader(dataset, 2, collate_fn=frcnn.frcnn_collate_fn)))
     assert images.shape == (2, 3, 96, 128)
-    assert [target["size"] for target in targets] == [(50, 100), (96, 64)]  # 100 is the limit; short side 64
+    assert [target["size"] for target in targets] == [
+        (50, 100),
+        (96, 64),
+    ]  # 100 is the limit; short side 64
     assert [target["orig_size"] for target in targets] == [(20, 40), (30, 20)]
     torch.testing.assert_close(targets[0]["boxes"], torch.tensor([[10.0, 5, 50, 25]]))
     torch.testing.assert_close(targets[1]["boxes"], torch.tensor([[16.0, 19.2, 32, 38.4]]))

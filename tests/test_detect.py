@@ -27,19 +27,27 @@ class Quarter(torch.nn.Module):
         results = []
         for height, width in image_sizes:
             box = torch.tensor([[0.0, 0.0, width / 2, height / 2]])
-            results.append({"boxes": box, "scores": torch.tensor([0.75]), "labels": torch.tensor([16])})
+            results.append(
+                {"boxes": box, "scores": torch.tensor([0.75]), "labels": torch.tensor([16])}
+            )
         return results, []
 
 
 @pytest.fixture
 def detect(monkeypatch, tmp_path, capfd):
     """``detect(path, …)`` → exit code, result, records of detections.json, lines of stderr, folder of the output."""
-    monkeypatch.setattr(frcnn, "load_checkpoint", lambda path: (Quarter(), {"run": {"image_size": (80, 133)}}))
+    monkeypatch.setattr(
+        frcnn, "load_checkpoint", lambda path: (Quarter(), {"run": {"image_size": (80, 133)}})
+    )
 
     def run(*paths, out=tmp_path / "out"):
         code = frcnn.main(["detect", "--checkpoint", "any.pt", "--out", str(out), *map(str, paths)])
         printed = capfd.readouterr()
-        records = json.loads((out / "detections.json").read_text()) if (out / "detections.json").exists() else None
+        records = (
+            json.loads((out / "detections.json").read_text())
+            if (out / "detections.json").exists()
+            else None
+        )
         result = json.loads(printed.out.splitlines()[-1]) if printed.out else None
         return code, result, records, printed.err, out
 
@@ -85,7 +93,9 @@ def test_boxes_come_in_pixels_of_the_photograph(detect):
 def test_every_size_and_mode_gives_a_picture(mode, size, name, detect, tmp_path):
     code, result, (record,), err, out = detect(save(tmp_path / name, mode, size))
     assert (code, err, result["detections"]) == (0, "", 1)
-    assert record["detections"][0]["box"] == pytest.approx([0, 0, size[0] / 2, size[1] / 2], rel=1e-5)
+    assert record["detections"][0]["box"] == pytest.approx(
+        [0, 0, size[0] / 2, size[1] / 2], rel=1e-5
+    )
     with PIL.Image.open(out / record["drawn"]) as drawn:
         assert 400 <= max(drawn.size) <= 1600
         assert min(drawn.size) >= 32
@@ -101,7 +111,9 @@ def test_a_photograph_is_turned_as_its_camera_says(detect, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"a line of text", b"", b"\xff\xd8\xff\xe0 the first bytes of a JPEG"], ids=["text", "empty", "torn"]
+    "content",
+    [b"a line of text", b"", b"\xff\xd8\xff\xe0 the first bytes of a JPEG"],
+    ids=["text", "empty", "torn"],
 )
 def test_what_is_no_picture_costs_one_line(content, detect, tmp_path):
     (tmp_path / "no.jpg").write_bytes(content)
@@ -124,7 +136,9 @@ def test_a_folder_of_100_has_a_progress_bar(detect, tmp_path):
     code, result, records, err, out = detect(tmp_path / "in")
     assert (code, result) == (0, {"images": 100, "detections": 100, "failed": 0})
     assert "100/100" in err
-    assert [Path(record["image"]).name for record in records] == [f"{i:03d}.png" for i in range(100)]
+    assert [Path(record["image"]).name for record in records] == [
+        f"{i:03d}.png" for i in range(100)
+    ]
     assert len(list(out.glob("*.jpg"))) == 100
 
 
@@ -137,12 +151,18 @@ def test_equal_names_keep_apart_and_no_input_is_overwritten(detect, tmp_path):
     assert [path.read_bytes() for path in paths] == before
 
 
-@pytest.mark.parametrize("name", ["..a.png", "a\nb.png", "-x.png", "%s$(touch no).png", "ä ö.png", "x" * 240 + ".png"])
+@pytest.mark.parametrize(
+    "name", ["..a.png", "a\nb.png", "-x.png", "%s$(touch no).png", "ä ö.png", "x" * 240 + ".png"]
+)
 def test_nothing_is_written_outside_out_whatever_a_file_is_called(name, detect, tmp_path):
     save(tmp_path / "in" / name, "RGB", (30, 20))
     code, _, records, _, out = detect(tmp_path / "in" / name)
     assert code == 0
-    assert sorted(p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file()) == ["in", "out", "out"]
+    assert sorted(p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*") if p.is_file()) == [
+        "in",
+        "out",
+        "out",
+    ]
     assert (out / records[0]["drawn"]).resolve().parent == out.resolve()
 
 
@@ -157,6 +177,13 @@ def test_no_pictures_end_with_one_line(argument, detect, tmp_path):
 
 def test_a_real_checkpoint_works(tmp_path, capfd):
     frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
-    line = ["detect", "--checkpoint", str(tmp_path / "c.pt"), str(GRACE_HOPPER), "--out", str(tmp_path / "out")]
+    line = [
+        "detect",
+        "--checkpoint",
+        str(tmp_path / "c.pt"),
+        str(GRACE_HOPPER),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert frcnn.main(line) == 0
     assert json.loads(capfd.readouterr().out)["images"] == 1

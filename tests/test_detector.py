@@ -26,8 +26,14 @@ def make_detector(classes: int = CLASSES, **options) -> frcnn.FasterRCNN:
     fpn = frcnn.FPN(backbone.out_channels, 16)
     anchors = frcnn.AnchorGenerator((16, 32, 64, 128, 256))
     rpn = frcnn.RegionProposalNetwork(frcnn.RPNHead(16), anchors, 200, 100, min_sz=4)
-    detector = frcnn.FasterRCNN(classes, backbone, fpn, rpn, None, frcnn.TwoMLPHead(16 * 49, 32), **options)
-    for layer, std in [(rpn.head.objectness, 0.5), (rpn.head.deltas, 0.05), (detector.predictor.cls, 0.5)]:
+    detector = frcnn.FasterRCNN(
+        classes, backbone, fpn, rpn, None, frcnn.TwoMLPHead(16 * 49, 32), **options
+    )
+    for layer, std in [
+        (rpn.head.objectness, 0.5),
+        (rpn.head.deltas, 0.05),
+        (detector.predictor.cls, 0.5),
+    ]:
         nn.init.normal_(layer.weight, std=std)
     return detector
 
@@ -67,14 +73,21 @@ def no_deltas(count: int, classes: int = CLASSES) -> torch.Tensor:
 
 def test_module_takes_published_weights_and_nothing_else_from_torchvision():
     tree = ast.parse(Path(frcnn.__file__).read_text(encoding="utf-8"))
-    imported = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    imported = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
     imported += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     assert "torch" in imported
     assert {n for n in imported if n.startswith("torchvision")} == {
         "torchvision.models",
         "torchvision.models.detection",
     }
-    names = {alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
+    names = {
+        alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names
+    }
     assert {"ResNet50_Weights", "FasterRCNN_ResNet50_FPN_Weights"} <= names
     assert not {n for n in names if n.endswith(("rcnn", "rpn", "nms", "ops"))}
 
@@ -87,19 +100,21 @@ def test_settings_are_the_papers():
 
 def test_default_detector_freezes_the_stem_and_layers_1_to_3():
     detector = frcnn.FasterRCNN()
-    assert {"backbone", "fpn", "rpn", "roi_align", "box_head", "predictor"} <= dict(detector.named_children()).keys()
+    assert {"backbone", "fpn", "rpn", "roi_align", "box_head", "predictor"} <= dict(
+        detector.named_children()
+    ).keys()
     frozen = {name.split(".")[1] for name, p in detector.named_parameters() if not p.requires_grad}
     learning = {name.split(".")[0] for name, p in detector.named_parameters() if p.requires_grad}
     assert frozen == {"stem", "layer1", "layer2", "layer3"}
     assert learning == {"backbone", "fpn", "rpn", "box_head", "predictor"}
     assert not any(isinstance(m, nn.BatchNorm2d) for m in detector.modules())
     assert detector.predictor.cls.out_features == 81
-    assert (detector.rpn.pre_nms, detector.rpn.post_nms, detector.rpn.nms_thr, detector.rpn.min_sz) == (
-        2000,
-        1000,
-        0.7,
-        16,
-    )
+    assert (
+        detector.rpn.pre_nms,
+        detector.rpn.post_nms,
+        detector.rpn.nms_thr,
+        detector.rpn.min_sz,
+    ) == (2000, 1000, 0.7, 16)
     assert detector.box_weights == (10, 10, 5, 5)
 
 
@@ -167,7 +182,8 @@ def test_an_image_alone_and_in_a_batch_is_seen_alike():
 def test_odd_sizes_work(size):
     detector = make_detector()
     losses = detector.train()(
-        torch.randn(2, 3, *size), [{"boxes": torch.tensor([[2.0, 2, 30, 30]]), "labels": torch.tensor([1])}] * 2
+        torch.randn(2, 3, *size),
+        [{"boxes": torch.tensor([[2.0, 2, 30, 30]]), "labels": torch.tensor([1])}] * 2,
     )
     assert all(loss.isfinite() for loss in losses.values())
     with torch.no_grad():
@@ -224,12 +240,17 @@ def test_scores_below_the_threshold_are_dropped(score, kept):
 def test_nms_is_done_class_by_class():
     twins = torch.tensor([[10.0, 10, 60, 60], [11, 10, 61, 60]])
     assert detections(planted([{1: 0.9}, {1: 0.8}]), no_deltas(2), twins)["labels"].tolist() == [1]
-    assert detections(planted([{1: 0.9}, {2: 0.8}]), no_deltas(2), twins)["labels"].tolist() == [1, 2]
+    assert detections(planted([{1: 0.9}, {2: 0.8}]), no_deltas(2), twins)["labels"].tolist() == [
+        1,
+        2,
+    ]
 
 
 def test_nms_keeps_images_apart():
     detector, box = make_detector(), SQUARES[:1]
-    found = detector.detections(planted([{1: 0.9}, {1: 0.8}]), no_deltas(2), [box, box], [(500, 500)] * 2)
+    found = detector.detections(
+        planted([{1: 0.9}, {1: 0.8}]), no_deltas(2), [box, box], [(500, 500)] * 2
+    )
     assert [len(result["labels"]) for result in found] == [1, 1]
     assert [result["scores"].item() for result in found] == pytest.approx([0.9, 0.8], abs=1e-4)
 
@@ -250,14 +271,19 @@ def test_detections_are_clipped_to_the_true_size_of_their_image():
     detector, box = make_detector(), torch.tensor([[-20.0, -20, 300, 300]])
     sizes = [(100, 200), (150, 120)]  # height, width
     found = detector.detections(planted([{1: 0.9}, {1: 0.8}]), no_deltas(2), [box, box], sizes)
-    assert [result["boxes"].tolist() for result in found] == [[[0, 0, 200, 100]], [[0, 0, 120, 150]]]
+    assert [result["boxes"].tolist() for result in found] == [
+        [[0, 0, 200, 100]],
+        [[0, 0, 120, 150]],
+    ]
 
 
 def test_forward_clips_to_the_true_sizes():
     detector = make_detector().eval()
     detector.SCORE_THR = 0.0
     with torch.no_grad():
-        results, proposals = detector(torch.randn(2, 3, 128, 128), image_sizes=[(128, 128), (90, 70)])
+        results, proposals = detector(
+            torch.randn(2, 3, 128, 128), image_sizes=[(128, 128), (90, 70)]
+        )
     assert proposals[1].amax(0)[2:].tolist() == [70, 90]
     assert results[1]["boxes"].amax(0)[2:].tolist() == [70, 90]
     assert results[0]["boxes"].amax(0)[2:].tolist() == [128, 128]
@@ -293,10 +319,16 @@ def test_detections_equal_torchvisions():
     )
     corner = torch.rand(200, 2) * 300
     proposals = torch.cat((corner, corner + 10 + torch.rand(200, 2) * 100), dim=1)
-    logits, deltas, sizes = torch.randn(200, CLASSES) * 2, torch.randn(200, CLASSES, 4) * 3, [(350, 400), (300, 280)]
+    logits, deltas, sizes = (
+        torch.randn(200, CLASSES) * 2,
+        torch.randn(200, CLASSES, 4) * 3,
+        [(350, 400), (300, 280)],
+    )
     split = [proposals[:120], proposals[120:]]
     expected = reference.postprocess_detections(logits, deltas.flatten(1), split, sizes)
-    detector = make_detector(min_detection=1e-2, max_log_scale=torch.log(torch.tensor(1000 / 16)).item())
+    detector = make_detector(
+        min_detection=1e-2, max_log_scale=torch.log(torch.tensor(1000 / 16)).item()
+    )
     for i, found in enumerate(detector.detections(logits, deltas, split, sizes)):
         torch.testing.assert_close(found["boxes"], expected[0][i], atol=1e-3, rtol=0)
         torch.testing.assert_close(found["scores"], expected[1][i], atol=1e-6, rtol=0)
@@ -344,16 +376,26 @@ def crowd(positives: int, negatives: int) -> tuple[list[torch.Tensor], list[dict
 
 @pytest.mark.parametrize(
     "positives, negatives, drawn",
-    [(400, 2000, (128, 384)), (9, 2000, (10, 502)), (400, 100, (128, 100)), (0, 2000, (1, 511)), (0, 0, (1, 0))],
+    [
+        (400, 2000, (128, 384)),
+        (9, 2000, (10, 502)),
+        (400, 100, (128, 100)),
+        (0, 2000, (1, 511)),
+        (0, 0, (1, 0)),
+    ],
 )
-def test_a_quarter_of_the_sample_is_positive_and_the_object_is_among_the_proposals(positives, negatives, drawn):
+def test_a_quarter_of_the_sample_is_positive_and_the_object_is_among_the_proposals(
+    positives, negatives, drawn
+):
     proposals, labels, expected = make_detector().sample_proposals(*crowd(positives, negatives))
     assert ((labels == 3).sum().item(), (labels == 0).sum().item()) == drawn
     assert len(proposals[0]) == len(labels) == len(expected) == sum(drawn)
 
 
 def test_the_object_itself_is_a_perfect_proposal():
-    proposals, labels, expected = make_detector().sample_proposals([torch.zeros(0, 4)], crowd(0, 0)[1])
+    proposals, labels, expected = make_detector().sample_proposals(
+        [torch.zeros(0, 4)], crowd(0, 0)[1]
+    )
     assert proposals[0].tolist() == [[50, 50, 100, 100]]
     assert labels.tolist() == [3]
     assert expected.tolist() == [[0, 0, 0, 0]]
@@ -366,13 +408,17 @@ def test_every_positive_gets_the_class_and_the_targets_of_its_own_object():
     (sampled,), labels, expected = make_detector().sample_proposals([boxes], targets)
     of = {tuple(box): i for i, box in enumerate(sampled.tolist())}
     assert [labels[of[tuple(box)]].item() for box in boxes.tolist()] == [2, 4, 0]
-    torch.testing.assert_close(expected[of[105, 100, 205, 200]], torch.tensor([-0.5, 0, 0, 0]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        expected[of[105, 100, 205, 200]], torch.tensor([-0.5, 0, 0, 0]), atol=1e-4, rtol=0
+    )
 
 
 def test_proposals_from_half_an_overlap_are_positive():
     gt = torch.tensor([[0.0, 0, 100, 100]])
     boxes = torch.tensor([[0.0, 0, 100, 50], [0, 0, 100, 49]])
-    (sampled,), labels, _ = make_detector().sample_proposals([boxes], [{"boxes": gt, "labels": torch.tensor([1])}])
+    (sampled,), labels, _ = make_detector().sample_proposals(
+        [boxes], [{"boxes": gt, "labels": torch.tensor([1])}]
+    )
     of = dict(zip(sampled[:, 3].tolist(), labels.tolist(), strict=True))
     assert of == {100: 1, 50: 1, 49: 0}
 
@@ -396,14 +442,20 @@ def test_box_loss_has_beta_a_ninth_and_is_divided_by_all_sampled():
     expected = torch.tensor([[0.05, 0.5, 0, 0]] * 4)
     logits, labels = torch.zeros(4, CLASSES), torch.tensor([2, 0, 0, 0])
     losses = make_detector().losses(logits, deltas, labels, expected)
-    assert losses["roi_box"].item() == pytest.approx((0.5 * 0.05**2 * 9 + 0.5 - 1 / 18) / 4, rel=1e-5)
-    assert losses["roi_cls"].item() == pytest.approx(torch.log(torch.tensor(CLASSES)).item(), rel=1e-5)
+    assert losses["roi_box"].item() == pytest.approx(
+        (0.5 * 0.05**2 * 9 + 0.5 - 1 / 18) / 4, rel=1e-5
+    )
+    assert losses["roi_cls"].item() == pytest.approx(
+        torch.log(torch.tensor(CLASSES)).item(), rel=1e-5
+    )
 
 
 def test_losses_equal_torchvisions():
     logits, deltas = torch.randn(50, CLASSES), torch.randn(50, CLASSES, 4)
     labels, expected = torch.randint(0, CLASSES, (50,)), torch.randn(50, 4)
-    cls, box = torchvision.models.detection.roi_heads.fastrcnn_loss(logits, deltas.flatten(1), [labels], [expected])
+    cls, box = torchvision.models.detection.roi_heads.fastrcnn_loss(
+        logits, deltas.flatten(1), [labels], [expected]
+    )
     losses = make_detector().losses(logits, deltas, labels, expected)
     torch.testing.assert_close(losses["roi_cls"], cls)
     torch.testing.assert_close(losses["roi_box"], box)
@@ -448,8 +500,16 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "boxes, labels, message",
     [
-        ([*GOOD, [30.0, 20, 30, 40]], [1, 1], r"target 1: box 1 .*x1 < x2.* \[30.0, 20.0, 30.0, 40.0\]"),
-        ([*GOOD, [30.0, 50, 60, 40]], [1, 1], r"target 1: box 1 .*y1 < y2.* \[30.0, 50.0, 60.0, 40.0\]"),
+        (
+            [*GOOD, [30.0, 20, 30, 40]],
+            [1, 1],
+            r"target 1: box 1 .*x1 < x2.* \[30.0, 20.0, 30.0, 40.0\]",
+        ),
+        (
+            [*GOOD, [30.0, 50, 60, 40]],
+            [1, 1],
+            r"target 1: box 1 .*y1 < y2.* \[30.0, 50.0, 60.0, 40.0\]",
+        ),
         ([[30.0, NAN, 60, 40]], [1], r"target 1: box 0 .*nan"),
         ([[30.0, 10, INF, 40]], [1], r"target 1: box 0 .*inf"),
         (GOOD * 2, [1, 0], r"target 1: label 1 .*1\.\.5.* 0"),

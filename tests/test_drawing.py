@@ -32,7 +32,9 @@ def words(ax):
 
 
 def picture(height=100, width=100):
-    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return PIL.Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 # Boxes
@@ -40,7 +42,13 @@ def picture(height=100, width=100):
 
 @pytest.mark.parametrize(
     "boxes",
-    [BOXES, np.array(BOXES), torch.tensor(BOXES), torch.tensor(BOXES, dtype=torch.int64), torch.tensor(BOXES).half()],
+    [
+        BOXES,
+        np.array(BOXES),
+        torch.tensor(BOXES),
+        torch.tensor(BOXES, dtype=torch.int64),
+        torch.tensor(BOXES).half(),
+    ],
     ids=["list", "array", "tensor", "whole", "half"],
 )
 def test_one_rectangle_a_box_at_its_place(boxes, ax):
@@ -50,19 +58,32 @@ def test_one_rectangle_a_box_at_its_place(boxes, ax):
 
 
 def test_boxes_with_a_gradient_are_drawn(ax):
-    frcnn.draw_boxes(ax, picture(), torch.tensor(BOXES, requires_grad=True), scores=torch.rand(2, requires_grad=True))
+    frcnn.draw_boxes(
+        ax,
+        picture(),
+        torch.tensor(BOXES, requires_grad=True),
+        scores=torch.rand(2, requires_grad=True),
+    )
     assert drawn(ax) == BOXES
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_boxes_on_the_gpu_are_drawn(ax):
     labels, scores = torch.tensor([1, 2], device="cuda"), torch.tensor([0.5, 0.6], device="cuda")
-    frcnn.draw_boxes(ax, torch.zeros(3, 99, 99, device="cuda"), torch.tensor(BOXES, device="cuda"), labels, scores)
+    frcnn.draw_boxes(
+        ax,
+        torch.zeros(3, 99, 99, device="cuda"),
+        torch.tensor(BOXES, device="cuda"),
+        labels,
+        scores,
+    )
     assert drawn(ax) == BOXES
     assert words(ax) == ["person 0.50", "bicycle 0.60"]
 
 
-@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4)), torch.zeros(0, 4)], ids=["list", "array", "tensor"])
+@pytest.mark.parametrize(
+    "boxes", [[], np.zeros((0, 4)), torch.zeros(0, 4)], ids=["list", "array", "tensor"]
+)
 def test_no_boxes_draw_the_image_alone(boxes, ax):
     frcnn.draw_boxes(ax, picture(), boxes, labels=[], scores=[])
     assert drawn(ax) == []
@@ -79,12 +100,22 @@ def test_no_image_draws_onto_what_is_there(ax):
 
 
 def test_rectangle_lands_on_its_pixels(ax):
-    frcnn.draw_boxes(ax, np.zeros((100, 100, 3), dtype=np.uint8), [[25, 50, 75, 90]], color="#ff0000", linewidth=1)
+    frcnn.draw_boxes(
+        ax,
+        np.zeros((100, 100, 3), dtype=np.uint8),
+        [[25, 50, 75, 90]],
+        color="#ff0000",
+        linewidth=1,
+    )
     canvas = FigureCanvasAgg(ax.figure)
     canvas.draw()
     y, x = np.nonzero(np.asarray(canvas.buffer_rgba())[..., 0] > 200)
-    shown = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) * 100 / canvas.get_width_height()[0]
-    assert shown == pytest.approx([25, 50, 75, 90], abs=0.3)  # continuous coordinates: 0 is the edge of the picture
+    shown = (
+        np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) * 100 / canvas.get_width_height()[0]
+    )
+    assert shown == pytest.approx(
+        [25, 50, 75, 90], abs=0.3
+    )  # continuous coordinates: 0 is the edge of the picture
 
 
 # Labels
@@ -114,7 +145,14 @@ def test_labels_of_another_number_are_refused(wrong, ax):
 @pytest.mark.parametrize("inches", [2.5, 4, 8])
 @pytest.mark.parametrize(
     "box",
-    [(0, 0, 30, 30), (0, 3, 99, 99), (70, 0, 100, 30), (60, 40, 100, 99), (95, 0, 100, 100), (0, 90, 30, 100)],
+    [
+        (0, 0, 30, 30),
+        (0, 3, 99, 99),
+        (70, 0, 100, 30),
+        (60, 40, 100, 99),
+        (95, 0, 100, 100),
+        (0, 90, 30, 100),
+    ],
     ids=str,
 )
 def test_label_stays_in_the_picture(box, inches, ax):
@@ -178,7 +216,11 @@ def test_to_picture_keeps_pictures_and_arrays(kind):
 @pytest.mark.parametrize("kind", ["tensor", "array", "picture"])
 def test_image_is_drawn_without_axis(kind, ax):
     original = picture(60, 80)
-    image = {"tensor": frcnn.image_to_tensor(original), "array": np.asarray(original), "picture": original}[kind]
+    image = {
+        "tensor": frcnn.image_to_tensor(original),
+        "array": np.asarray(original),
+        "picture": original,
+    }[kind]
     frcnn.draw_boxes(ax, image, BOXES[:1])
     assert ax.images[0].get_array().shape == (60, 80, 3)
     assert not ax.axison

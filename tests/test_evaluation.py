@@ -23,7 +23,11 @@ class Replay(torch.nn.Module):
 
 
 def as_result(target):
-    return {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+    return {
+        "boxes": target["boxes"],
+        "labels": target["labels"],
+        "scores": torch.ones(len(target["labels"])),
+    }
 
 
 def make_dataset(source, max_samples=12):
@@ -32,7 +36,9 @@ def make_dataset(source, max_samples=12):
 
 @pytest.fixture(params=["glyphs", "coco"])
 def dataset(request):
-    return make_dataset("glyphs" if request.param == "glyphs" else request.getfixturevalue("coco_tiny"))
+    return make_dataset(
+        "glyphs" if request.param == "glyphs" else request.getfixturevalue("coco_tiny")
+    )
 
 
 @pytest.fixture
@@ -95,7 +101,9 @@ def test_boxes_come_back_in_pixels_of_the_original(coco_tiny):
     dataset = make_dataset(coco_tiny)
     for target, found in zip(*frcnn.detect_dataset(Replay(dataset), dataset), strict=True):
         for boxes in (target["boxes"], found["boxes"]):
-            torch.testing.assert_close(boxes, torch.tensor(expected[target["image_id"]]), rtol=0, atol=0.02)
+            torch.testing.assert_close(
+                boxes, torch.tensor(expected[target["image_id"]]), rtol=0, atol=0.02
+            )
 
 
 # COCO's own file
@@ -112,12 +120,22 @@ def official(coco_tiny):
     def results(with_crowds):
         found = []
         for target in truth:
-            mine = [r for r in records if r["image_id"] == target["image_id"] and r["iscrowd"] <= with_crowds]
+            mine = [
+                r
+                for r in records
+                if r["image_id"] == target["image_id"] and r["iscrowd"] <= with_crowds
+            ]
             boxes = torch.tensor([r["bbox"] for r in mine], dtype=torch.float32).reshape(-1, 4)
             boxes[:, 2:] += boxes[:, :2]
-            labels = torch.tensor([frcnn.COCO_CATEGORY_IDS.index(r["category_id"]) for r in mine], dtype=torch.int64)
+            labels = torch.tensor(
+                [frcnn.COCO_CATEGORY_IDS.index(r["category_id"]) for r in mine], dtype=torch.int64
+            )
             found.append(
-                {"boxes": boxes, "labels": labels, "scores": torch.tensor([0.5 + r["iscrowd"] / 2 for r in mine])}
+                {
+                    "boxes": boxes,
+                    "labels": labels,
+                    "scores": torch.tensor([0.5 + r["iscrowd"] / 2 for r in mine]),
+                }
             )
         return found
 
@@ -127,7 +145,9 @@ def official(coco_tiny):
 def test_own_boxes_of_the_annotation_file_score_1(official):
     path, truth, results = official
     scores = figures(truth, results(with_crowds=False), path)
-    assert [scores[name] for name in ("AP", "APs", "APm", "APl", "AR100")] == pytest.approx([1.0] * 5)
+    assert [scores[name] for name in ("AP", "APs", "APm", "APl", "AR100")] == pytest.approx(
+        [1.0] * 5
+    )
 
 
 def test_a_detected_crowd_is_no_mistake_where_the_file_has_it(official):
@@ -167,8 +187,12 @@ def test_foreign_annotation_file_is_refused(content, tmp_path):
 def test_category_ids_are_official():
     everything = image([[0, 0, 50, 50]] * 80, list(range(1, 81)))
     evaluation = frcnn.coco_evaluation([everything], [everything])
-    assert [r["category_id"] for r in evaluation.cocoDt.dataset["annotations"]] == list(frcnn.COCO_CATEGORY_IDS[1:])
-    assert [r["category_id"] for r in evaluation.cocoGt.dataset["annotations"]] == list(frcnn.COCO_CATEGORY_IDS[1:])
+    assert [r["category_id"] for r in evaluation.cocoDt.dataset["annotations"]] == list(
+        frcnn.COCO_CATEGORY_IDS[1:]
+    )
+    assert [r["category_id"] for r in evaluation.cocoGt.dataset["annotations"]] == list(
+        frcnn.COCO_CATEGORY_IDS[1:]
+    )
     names = {c["id"]: c["name"] for c in evaluation.cocoGt.dataset["categories"]}
     assert (len(names), names[1], names[13], names[90]) == (80, "person", "stop sign", "toothbrush")
 
@@ -190,7 +214,9 @@ def test_boxes_are_corner_and_size_in_the_records():
 
 
 def test_iou_decides_which_figure_counts():
-    scores = figures([image([[0, 0, 50, 50]])], [image([[0, 0, 50, 31]])])  # IoU 0.62: 0.50, 0.55 and 0.60 of ten
+    scores = figures(
+        [image([[0, 0, 50, 50]])], [image([[0, 0, 50, 31]])]
+    )  # IoU 0.62: 0.50, 0.55 and 0.60 of ten
     assert scores["AP"] == pytest.approx(0.3)
     assert scores["AP50"] == pytest.approx(1.0)
     assert scores["AP75"] == 0

@@ -54,7 +54,9 @@ def keeps_its_promises(image: torch.Tensor, target: dict) -> bool:
     )
 
 
-def read(open_dataset: Callable[[], frcnn.COCOStreamDataset]) -> tuple[str, list[str], dict[int, dict]]:
+def read(
+    open_dataset: Callable[[], frcnn.COCOStreamDataset],
+) -> tuple[str, list[str], dict[int, dict]]:
     """How it ended, what was said on the way, and the targets by ``image_id``; one pass, as a user makes it."""
     served: dict[int, dict] = {}
     with warnings.catch_warnings(record=True) as caught:
@@ -68,7 +70,9 @@ def read(open_dataset: Callable[[], frcnn.COCOStreamDataset]) -> tuple[str, list
         except (ValueError, OSError) as error:  # these the command line turns into one line
             return "error", [str(error)], served
     said = [str(warning.message) for warning in caught]
-    assert dataset.skipped == len(said), said  # every row that is left out is named, and nothing else is said
+    assert dataset.skipped == len(said), (
+        said
+    )  # every row that is left out is named, and nothing else is said
     return "skipped" if said else "served", said, served
 
 
@@ -134,7 +138,9 @@ MODES = {
     "YCbCr": encoded(noise("YCbCr"), "jpeg"),
     "LAB": encoded(noise("LAB"), "tiff"),
     "16 bit png": encoded(PIL.Image.fromarray(SIXTEEN_BITS)),
-    "16 bit tiff, the other byte order": encoded(PIL.Image.fromarray(SIXTEEN_BITS.astype(">u2")), "tiff"),
+    "16 bit tiff, the other byte order": encoded(
+        PIL.Image.fromarray(SIXTEEN_BITS.astype(">u2")), "tiff"
+    ),
     "32 bit integers": encoded(PIL.Image.fromarray(SIXTEEN_BITS.astype(np.int32) * 40_000), "tiff"),
     "32 bit floats": encoded(noise("F"), "tiff"),
     "floats that are NaN": encoded(PIL.Image.fromarray(np.full((8, 8), NAN, np.float32)), "tiff"),
@@ -152,27 +158,58 @@ NO_PICTURES = {
     "a pdf": encoded(noise(), "pdf"),
     "a PostScript program": encoded(noise(), "eps"),
 }
-WHOLE = {kind: encoded(noise(size=(64, 48)), kind) for kind in ("jpeg", "png", "gif", "tiff", "bmp", "webp")}
-LINE = {"20,000 × 1": (20_000, 1), "1 × 20,000": (1, 20_000), "1 × 1": (1, 1), "33 × 1,333": (33, 1_333)}
+WHOLE = {
+    kind: encoded(noise(size=(64, 48)), kind)
+    for kind in ("jpeg", "png", "gif", "tiff", "bmp", "webp")
+}
+LINE = {
+    "20,000 × 1": (20_000, 1),
+    "1 × 20,000": (1, 20_000),
+    "1 × 1": (1, 1),
+    "33 × 1,333": (33, 1_333),
+}
 WHOLE_IMAGE = [0.0, 0, 8, 8]
 
 PICTURES = [
     *((f"picture: {name}", picture(content), "served", [GOOD]) for name, content in MODES.items()),
     *(
-        (f"picture: orientation {note}", picture(turned(note), (10, 20)), "served", [[2.4, 1.6, 5.6, 3.2]])
+        (
+            f"picture: orientation {note}",
+            picture(turned(note), (10, 20)),
+            "served",
+            [[2.4, 1.6, 5.6, 3.2]],
+        )
         for note in (5, 6, 7, 8)
     ),
     *(
-        (f"picture: orientation {note}", picture(turned(note), (20, 10)), "served", [[1.2, 3.2, 2.8, 6.4]])
+        (
+            f"picture: orientation {note}",
+            picture(turned(note), (20, 10)),
+            "served",
+            [[1.2, 3.2, 2.8, 6.4]],
+        )
         for note in (0, 1, 2, 3, 4, 9, 65_535)
     ),
     *(
-        (f"picture: {name}", picture(encoded(noise(size=size)), size, [(0, 0, *size)]), "served", [WHOLE_IMAGE])
+        (
+            f"picture: {name}",
+            picture(encoded(noise(size=size)), size, [(0, 0, *size)]),
+            "served",
+            [WHOLE_IMAGE],
+        )
         for name, size in LINE.items()
     ),
-    *((f"picture: {name}", picture(content), "skipped", "image") for name, content in NO_PICTURES.items()),
     *(
-        (f"picture: {kind} cut at {tenth}/10", picture(whole[: len(whole) * tenth // 10], (64, 48)), "skipped", "")
+        (f"picture: {name}", picture(content), "skipped", "image")
+        for name, content in NO_PICTURES.items()
+    ),
+    *(
+        (
+            f"picture: {kind} cut at {tenth}/10",
+            picture(whole[: len(whole) * tenth // 10], (64, 48)),
+            "skipped",
+            "",
+        )
         for kind, whole in WHOLE.items()
         for tenth in range(1, 10)
     ),
@@ -183,8 +220,18 @@ PICTURES = [
         "skipped",
         "no bytes",
     ),
-    ("picture: wider than its row says", between_good_ones(hostile_row(width=7)), "skipped", "8 × 8 .* 7 × 8"),
-    ("picture: on its side", picture(encoded(noise(size=(20, 10))), (10, 20)), "skipped", "20 × 10 .* 10 × 20"),
+    (
+        "picture: wider than its row says",
+        between_good_ones(hostile_row(width=7)),
+        "skipped",
+        "8 × 8 .* 7 × 8",
+    ),
+    (
+        "picture: on its side",
+        picture(encoded(noise(size=(20, 10))), (10, 20)),
+        "skipped",
+        "20 × 10 .* 10 × 20",
+    ),
     ("picture: no width", between_good_ones(hostile_row(width=None)), "skipped", "None × 8"),
     ("picture: width 0", between_good_ones(hostile_row(width=0)), "skipped", "0 × 8"),
     ("picture: height below 0", between_good_ones(hostile_row(height=-8)), "skipped", "8 × -8"),
@@ -234,9 +281,24 @@ BOXES = [
     ("boxes: none", between_good_ones(hostile_row(bbox=[], category=[], area=[])), "served", []),
     ("boxes: null", between_good_ones(hostile_row(bbox=None)), "skipped", "objects must hold"),
     ("boxes: null among them", boxes(None), "skipped", "objects must hold"),
-    ("boxes: of 3 numbers", between_good_ones(hostile_row(bbox=[[1, 2, 5]])), "skipped", "objects must hold"),
-    ("boxes: of 0 numbers", between_good_ones(hostile_row(bbox=[[]])), "skipped", "objects must hold"),
-    ("boxes: two halves", between_good_ones(hostile_row(bbox=[[1, 2], [5, 7]])), "skipped", "objects must hold"),
+    (
+        "boxes: of 3 numbers",
+        between_good_ones(hostile_row(bbox=[[1, 2, 5]])),
+        "skipped",
+        "objects must hold",
+    ),
+    (
+        "boxes: of 0 numbers",
+        between_good_ones(hostile_row(bbox=[[]])),
+        "skipped",
+        "objects must hold",
+    ),
+    (
+        "boxes: two halves",
+        between_good_ones(hostile_row(bbox=[[1, 2], [5, 7]])),
+        "skipped",
+        "objects must hold",
+    ),
     (
         "boxes: two in one list",
         between_good_ones(hostile_row(bbox=[GOOD * 2], category=[1, 2], area=[1, 1])),
@@ -246,7 +308,12 @@ BOXES = [
     ("boxes: of several lengths", boxes([1, 2, 5, 7, 9]), "skipped", "objects must hold"),
     ("objects: null", between_good_ones(hostile_row(objects=None)), "skipped", "objects must hold"),
     *(
-        (f"objects: {name}", between_good_ones(hostile_row(**changed)), "skipped", "objects must hold")
+        (
+            f"objects: {name}",
+            between_good_ones(hostile_row(**changed)),
+            "skipped",
+            "objects must hold",
+        )
         for name, changed in {
             "a category too few": {"category": []},
             "a category too many": {"category": [1, 2]},
@@ -259,11 +326,21 @@ BOXES = [
         }.items()
     ),
     *(
-        (f"label: {label}", between_good_ones(hostile_row(category=[label])), "skipped", "categories must lie in 0..79")
+        (
+            f"label: {label}",
+            between_good_ones(hostile_row(category=[label])),
+            "skipped",
+            "categories must lie in 0..79",
+        )
         for label in (-1, 80, 90, 10**15, None)
     ),
     *(
-        (f"area: {area}", between_good_ones(hostile_row(area=[area])), "skipped", "area must be finite")
+        (
+            f"area: {area}",
+            between_good_ones(hostile_row(area=[area])),
+            "skipped",
+            "area must be finite",
+        )
         for area in (NAN, INF, -1.0, 1e300, None)
     ),
 ]
@@ -296,7 +373,9 @@ def field(name: str, make: Callable[[], object]) -> Callable[[Path], Path]:
 
 
 def objects_without(name: str) -> Callable[[Path], Path]:
-    return column("objects", [{k: v for k, v in sample["objects"].items() if k != name} for sample in ROWS])
+    return column(
+        "objects", [{k: v for k, v in sample["objects"].items() if k != name} for sample in ROWS]
+    )
 
 
 def listed(objects: dict) -> list[dict]:
@@ -306,28 +385,73 @@ def listed(objects: dict) -> list[dict]:
 GOODS = [GOOD] * 20
 COLUMNS = [
     *(
-        (f"columns: no {name}", whole(TABLE.drop_columns([name])), "error", f"lacks the columns .*{name}")
+        (
+            f"columns: no {name}",
+            whole(TABLE.drop_columns([name])),
+            "error",
+            f"lacks the columns .*{name}",
+        )
         for name in TABLE.schema.names
     ),
     *(
-        (f"columns: objects without {name}", objects_without(name), "error", rf"lacks the columns \['objects.{name}'\]")
+        (
+            f"columns: objects without {name}",
+            objects_without(name),
+            "error",
+            rf"lacks the columns \['objects.{name}'\]",
+        )
         for name in ("category", "bbox", "area")
     ),
     ("columns: objects without bbox_id", objects_without("bbox_id"), "served", GOODS),
-    ("columns: one more", whole(TABLE.append_column("split", pyarrow.array(["a", "b", "c"]))), "served", GOODS),
-    ("columns: image_id twice", whole(TABLE.append_column("image_id", TABLE["width"])), "error", "image_id"),
+    (
+        "columns: one more",
+        whole(TABLE.append_column("split", pyarrow.array(["a", "b", "c"]))),
+        "served",
+        GOODS,
+    ),
+    (
+        "columns: image_id twice",
+        whole(TABLE.append_column("image_id", TABLE["width"])),
+        "error",
+        "image_id",
+    ),
     ("columns: image_id of digits", column("image_id", ["1", str(BAD), "3"]), "served", GOODS),
-    ("columns: image_id of whole floats", column("image_id", [1.0, float(BAD), 3.0]), "served", GOODS),
-    ("columns: image_id of fractions", column("image_id", [1.5, BAD + 0.5, 3.5]), "skipped", "whole number"),
+    (
+        "columns: image_id of whole floats",
+        column("image_id", [1.0, float(BAD), 3.0]),
+        "served",
+        GOODS,
+    ),
+    (
+        "columns: image_id of fractions",
+        column("image_id", [1.5, BAD + 0.5, 3.5]),
+        "skipped",
+        "whole number",
+    ),
     ("columns: image_id of names", column("image_id", ["a", "b", "c"]), "skipped", "int"),
     ("columns: image_id null", column("image_id", [None] * 3), "skipped", "int"),
     ("columns: width of floats", column("width", [8.0] * 3), "served", GOODS),
     ("columns: width of text", column("width", ["8"] * 3), "skipped", "8 × 8 .* '8' × 8"),
-    ("columns: image is the bytes", column("image", [sample["image"]["bytes"] for sample in ROWS]), "served", GOODS),
+    (
+        "columns: image is the bytes",
+        column("image", [sample["image"]["bytes"] for sample in ROWS]),
+        "served",
+        GOODS,
+    ),
     ("columns: image is a path", column("image", ["/etc/passwd"] * 3), "skipped", "no bytes"),
     ("columns: image is a number", column("image", [1, 2, 3]), "error", "cannot be read further"),
-    ("columns: objects are numbers", column("objects", [1, 2, 3]), "error", "lacks the columns .*objects.bbox"),
-    ("columns: objects are text", column("objects", ["{}"] * 3), "error", "lacks the columns .*objects.bbox"),
+    (
+        "columns: objects are numbers",
+        column("objects", [1, 2, 3]),
+        "error",
+        "lacks the columns .*objects.bbox",
+    ),
+    (
+        "columns: objects are text",
+        column("objects", ["{}"] * 3),
+        "error",
+        "lacks the columns .*objects.bbox",
+    ),
     (
         "columns: objects are a list",
         column("objects", [listed(sample["objects"]) for sample in ROWS]),
@@ -335,12 +459,37 @@ COLUMNS = [
         "lacks the columns .*objects.bbox",
     ),
     ("columns: bbox of integers", field("bbox", lambda: [[3, 4, 7, 8]] * 20), "served", GOODS),
-    ("columns: bbox of text", field("bbox", lambda: ["1 2 5 7"] * 20), "skipped", "objects must hold"),
-    ("columns: bbox of dictionaries", field("bbox", lambda: [{"x": 1}] * 20), "skipped", "objects must hold"),
-    ("columns: bbox in one flat list", field("bbox", lambda: GOOD * 20), "skipped", "objects must hold"),
+    (
+        "columns: bbox of text",
+        field("bbox", lambda: ["1 2 5 7"] * 20),
+        "skipped",
+        "objects must hold",
+    ),
+    (
+        "columns: bbox of dictionaries",
+        field("bbox", lambda: [{"x": 1}] * 20),
+        "skipped",
+        "objects must hold",
+    ),
+    (
+        "columns: bbox in one flat list",
+        field("bbox", lambda: GOOD * 20),
+        "skipped",
+        "objects must hold",
+    ),
     ("columns: category of whole floats", field("category", lambda: [0.0] * 20), "served", GOODS),
-    ("columns: category of fractions", field("category", lambda: [0.5] * 20), "skipped", "categories must lie in"),
-    ("columns: category of names", field("category", lambda: ["cat"] * 20), "skipped", "objects must hold"),
+    (
+        "columns: category of fractions",
+        field("category", lambda: [0.5] * 20),
+        "skipped",
+        "categories must lie in",
+    ),
+    (
+        "columns: category of names",
+        field("category", lambda: ["cat"] * 20),
+        "skipped",
+        "objects must hold",
+    ),
 ]
 
 
@@ -376,7 +525,9 @@ def garbled(folder: Path) -> Path:
 
 def text_as_shard(folder: Path) -> Path:
     for split in ("train", "val"):
-        (empty(folder) if not folder.exists() else folder).joinpath(f"{split}-0.parquet").write_text("image_id,image\n")
+        (empty(folder) if not folder.exists() else folder).joinpath(
+            f"{split}-0.parquet"
+        ).write_text("image_id,image\n")
     return folder
 
 
@@ -388,17 +539,27 @@ def folder_as_shard(folder: Path) -> Path:
 
 FOLDERS = [
     ("folder: without shards", empty, "error", r"holds no (train|val)-\*\.parquet"),
-    *((f"folder: shard cut at {tenth}/10", cut(tenth), "error", "00001-of-00002.parquet") for tenth in range(10)),
+    *(
+        (f"folder: shard cut at {tenth}/10", cut(tenth), "error", "00001-of-00002.parquet")
+        for tenth in range(10)
+    ),
     ("folder: shard garbled inside", garbled, "error", "cannot be read further"),
     ("folder: shard is text", text_as_shard, "error", "-0.parquet is no whole parquet file"),
     ("folder: shard is a folder", folder_as_shard, "error", "-0.parquet is no whole parquet file"),
     ("folder: shard without rows", whole(TABLE.slice(0, 0)), "error", "holds no rows"),
 ]
 
-HOSTILE = [*PICTURES, *BOXES, *COLUMNS, *FOLDERS]  # (name, build, outcome, the boxes served or what is said)
+HOSTILE = [
+    *PICTURES,
+    *BOXES,
+    *COLUMNS,
+    *FOLDERS,
+]  # (name, build, outcome, the boxes served or what is said)
 
 
-READINGS = [("train", *h) for h in HOSTILE] + [("val", *h) for h in BOXES]  # an image without boxes differs
+READINGS = [("train", *h) for h in HOSTILE] + [
+    ("val", *h) for h in BOXES
+]  # an image without boxes differs
 
 
 @pytest.mark.parametrize(
@@ -417,8 +578,12 @@ def test_hostile_sample_ends_as_it_should(split, build, outcome, detail, tmp_pat
         assert not served
     elif outcome == "skipped":
         assert BAD not in served
-        assert all(re.fullmatch(rf"image_id \S+ skipped: .*{detail}.*", line) for line in said), said
-        assert len(said) + len(served) == 3  # the two others are served, or all three are of the same kind
+        assert all(re.fullmatch(rf"image_id \S+ skipped: .*{detail}.*", line) for line in said), (
+            said
+        )
+        assert (
+            len(said) + len(served) == 3
+        )  # the two others are served, or all three are of the same kind
         assert len(said) == 3 or (set(served) == {1, 3} and said[0].startswith(f"image_id {BAD} "))
     else:
         assert served.keys() == ({1, BAD, 3} if detail or split == "val" else {1, 3})
@@ -469,13 +634,20 @@ def test_a_stream_that_raises_in_the_middle_ends_with_one_clear_error(failure, p
     dataset = stream(between_good_ones(hostile_row())(tmp_path / "data"))
     dataset._stream = datasets.IterableDataset.from_generator(rows)
     ended, (line,), served = read(lambda: dataset)
-    assert (ended, list(served)) == ("error", list(range(place // 16 * 16)))  # rows are taken sixteen at a time
+    assert (ended, list(served)) == (
+        "error",
+        list(range(place // 16 * 16)),
+    )  # rows are taken sixteen at a time
     assert re.fullmatch(r".*data cannot be read further: '?the tape tore'?", line)
 
 
 @pytest.mark.parametrize(
     ("failure", "reason"),
-    [(MemoryError(), "MemoryError"), (ValueError("first line\nsecond line"), "first line"), (KeyError("x"), "'x'")],
+    [
+        (MemoryError(), "MemoryError"),
+        (ValueError("first line\nsecond line"), "first line"),
+        (KeyError("x"), "'x'"),
+    ],
     ids=repr,
 )
 def test_the_reason_is_one_line_and_never_empty(failure, reason, monkeypatch):
@@ -501,7 +673,12 @@ plain_box = st.tuples(*[st.floats(-5, 25)] * 2, *[st.floats(0, 40)] * 2).map(
     lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
 )
 four_numbers = plain_box | st.lists(number, min_size=4, max_size=4)
-anything = number | st.lists(number, max_size=9) | st.text(max_size=3) | st.sampled_from([10**400, "3", {}, [[]], b"1"])
+anything = (
+    number
+    | st.lists(number, max_size=9)
+    | st.text(max_size=3)
+    | st.sampled_from([10**400, "3", {}, [[]], b"1"])
+)
 
 
 @st.composite
@@ -510,13 +687,24 @@ def rows_of_chance(draw) -> dict:
     size = draw(st.sampled_from(list(ENCODED)))
     bbox = draw(st.just([]) | st.lists(four_numbers, min_size=1, max_size=5))
     labels, areas = st.integers(0, 79) | st.sampled_from([0.0, 79.0]), st.floats(0, 1e4)
-    category, area = (draw(st.lists(kind, min_size=len(bbox), max_size=len(bbox))) for kind in (labels, areas))
+    category, area = (
+        draw(st.lists(kind, min_size=len(bbox), max_size=len(bbox))) for kind in (labels, areas)
+    )
     objects = {"bbox": bbox, "category": category, "area": area}
-    sample = {"image_id": draw(st.integers(-(2**63), 2**64)), "image": {"bytes": ENCODED[size], "path": None}}
+    sample = {
+        "image_id": draw(st.integers(-(2**63), 2**64)),
+        "image": {"bytes": ENCODED[size], "path": None},
+    }
     sample |= {"width": size[0], "height": size[1], "objects": objects}
-    hostile = draw(st.sampled_from([None] * 24 + ["image_id", "width", "height", "objects", *objects, "length"]))
+    hostile = draw(
+        st.sampled_from(
+            [None] * 24 + ["image_id", "width", "height", "objects", *objects, "length"]
+        )
+    )
     if hostile == "length":
-        (add := objects[draw(st.sampled_from(list(objects)))]).extend(draw(st.sampled_from([add[:1] * 2, [1.0]])))
+        (add := objects[draw(st.sampled_from(list(objects)))]).extend(
+            draw(st.sampled_from([add[:1] * 2, [1.0]]))
+        )
     elif hostile in objects and bbox and draw(st.booleans()):
         objects[hostile][draw(st.integers(0, len(bbox) - 1))] = draw(anything)
     elif hostile:
@@ -524,19 +712,26 @@ def rows_of_chance(draw) -> dict:
     return sample
 
 
-def numbers_of(values: object, read: Callable = lambda value: NAN if value is None else float(value)) -> list:
+def numbers_of(
+    values: object, read: Callable = lambda value: NAN if value is None else float(value)
+) -> list:
     """A list of plain numbers, null being NaN; raises where it is something else."""
     if not isinstance(values, list):
         raise TypeError
     return [read(value) for value in values]
 
 
-def expected_target(sample: dict, size: tuple[int, int], flip: bool, bbox_format: str) -> tuple[list, list] | None:
+def expected_target(
+    sample: dict, size: tuple[int, int], flip: bool, bbox_format: str
+) -> tuple[list, list] | None:
     """Boxes and labels of a row by the sentences of the documentation, one box at a time; None: not to be used."""
     try:
         raw = numbers_of(sample["objects"]["bbox"], numbers_of)
         category, area = (numbers_of(sample["objects"][name]) for name in ("category", "area"))
-        name_is_whole = isinstance(sample["image_id"], int | str | bytes) or float(sample["image_id"]).is_integer()
+        name_is_whole = (
+            isinstance(sample["image_id"], int | str | bytes)
+            or float(sample["image_id"]).is_integer()
+        )
         int(sample["image_id"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
@@ -561,7 +756,12 @@ def expected_target(sample: dict, size: tuple[int, int], flip: bool, bbox_format
         y1, y2 = (min(max(y, 0), height) for y in (y1, y2))
         if flip:
             x1, x2 = width - x2, width - x1
-        scaled = [x1 * size[1] / width, y1 * size[0] / height, x2 * size[1] / width, y2 * size[0] / height]
+        scaled = [
+            x1 * size[1] / width,
+            y1 * size[0] / height,
+            x2 * size[1] / width,
+            y2 * size[0] / height,
+        ]
         x1, y1, x2, y2 = np.array(scaled).astype(np.float32).tolist()
         if x2 > x1 and y2 > y1:
             found.append([x1, y1, x2, y2])
@@ -587,8 +787,12 @@ def test_a_row_of_chance_is_served_right_or_named(sample, image_size, flip, bbox
         assert expected_target(sample, (1, 1), flip, bbox_format) is None
         return
     assert ended == "served"
-    _, size = frcnn.prepare_image(PIL.Image.new("RGB", (sample["width"], sample["height"])), image_size)
-    found, labels = expected_target(sample, size, flip, bbox_format)  # of a row that is no good there is none to unpack
+    _, size = frcnn.prepare_image(
+        PIL.Image.new("RGB", (sample["width"], sample["height"])), image_size
+    )
+    found, labels = expected_target(
+        sample, size, flip, bbox_format
+    )  # of a row that is no good there is none to unpack
     if served:
         target = served[int(sample["image_id"])]
         assert target["boxes"].tolist() == found
@@ -637,7 +841,9 @@ def test_rows_of_chance_do_not_change_the_format_of_the_boxes(hostile):
 
 def epoch_of_all(folder: Path) -> tuple[Path, int]:
     """A folder with all hostile rows that fit the Hub's columns, and how many of them are to be skipped."""
-    several = [h for h in [*PICTURES, *BOXES] if h[2] != "error" and not h[0].startswith("boxes: 10,000")]
+    several = [
+        h for h in [*PICTURES, *BOXES] if h[2] != "error" and not h[0].startswith("boxes: 10,000")
+    ]
     rows, skipped = [], 0
     for i, (_, build, outcome, _) in enumerate(several):
         shard = build(folder / f"one {i}") / "train-00000-of-00001.parquet"
@@ -655,7 +861,9 @@ def test_an_epoch_of_all_hostile_rows_trains(tmp_path, capsys):
     count = sum(1 for _ in stream(source, image_size=64))
     loader = DataLoader(dataset, 8, collate_fn=frcnn.frcnn_collate_fn)
     model = frcnn.tiny_faster_rcnn()
-    history = frcnn.train(model, loader, count // 8 + 1)  # the last step begins the second epoch or ends the first
+    history = frcnn.train(
+        model, loader, count // 8 + 1
+    )  # the last step begins the second epoch or ends the first
     assert all(np.isfinite(history[name]).all() for name in frcnn.LOSS_NAMES)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert dataset.skipped >= skipped > 50
@@ -683,7 +891,11 @@ def mixed(tmp_path) -> Path:
 def test_what_workers_leave_out_is_counted_too(workers, context, mixed):
     dataset = stream(mixed)
     loader = DataLoader(
-        dataset, 2, num_workers=workers, multiprocessing_context=context, collate_fn=frcnn.frcnn_collate_fn
+        dataset,
+        2,
+        num_workers=workers,
+        multiprocessing_context=context,
+        collate_fn=frcnn.frcnn_collate_fn,
     )
     ids = sorted(target["image_id"] for _, targets in loader for target in targets)
     assert ids == [0, 1, 3, 4, 6, 7, 8, 10, 11]
@@ -711,15 +923,24 @@ def test_rows_that_are_all_bad_end_training_and_evaluation_with_one_line(tmp_pat
     source = write(tmp_path / "bad", rows, split="train")
     write(tmp_path / "bad", rows, split="val")
     frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
-    for command, said in (("train --model tiny --steps 2", "to train on"), ("evaluate", "to evaluate on")):
+    for command, said in (
+        ("train --model tiny --steps 2", "to train on"),
+        ("evaluate", "to evaluate on"),
+    ):
         assert frcnn.main(f"{command} --source {source} --checkpoint {tmp_path}/c.pt".split()) == 2
-        (line,) = (text for text in re.split(r"[\r\n]+", capsys.readouterr().err) if text and "%|" not in text)
+        (line,) = (
+            text
+            for text in re.split(r"[\r\n]+", capsys.readouterr().err)
+            if text and "%|" not in text
+        )
         assert line.startswith(f"frcnn_common: error: {source} gives not one image ")
         assert line.endswith(said)
 
 
 def test_two_images_of_one_image_id_are_not_scored_as_one(tmp_path):
-    source = write(tmp_path / "data", [row(i, boxes=[GOOD] * 20) for i in (1, 2, 1, 3)], split="val")
+    source = write(
+        tmp_path / "data", [row(i, boxes=[GOOD] * 20) for i in (1, 2, 1, 3)], split="val"
+    )
     with pytest.raises(ValueError, match=r"1 images come more than once, such as image_id 1$"):
         frcnn.evaluate(frcnn.tiny_faster_rcnn(), stream(source, "val", 64))
 

@@ -22,8 +22,12 @@ import frcnn_common as frcnn
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PROGRAMS = sorted(path for folder in ("", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py"))
-LESSONS = [path for path in [*PROGRAMS, *NOTEBOOKS] if path.parent.name != "tests"]  # what a learner runs
+PROGRAMS = sorted(
+    path for folder in ("", "benchmarks", "tests") for path in (ROOT / folder).glob("*.py")
+)
+LESSONS = [
+    path for path in [*PROGRAMS, *NOTEBOOKS] if path.parent.name != "tests"
+]  # what a learner runs
 
 
 # --- the source ------------------------------------------------------------------------------------------------------
@@ -34,7 +38,9 @@ def sources(path: Path) -> list[str]:
     """The code of a file; of a notebook cell by cell."""
     if path.suffix == ".py":
         return [path.read_text(encoding="utf-8")]
-    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [
+        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+    ]
 
 
 @functools.cache
@@ -57,10 +63,22 @@ def called(name: str, *endings: str) -> bool:
 def loads_that_could_run_code(source: str) -> list[str]:
     found = []
     for name, call in calls(source):
-        pickled = called(name, "torch.load", "get_state_dict", "load_state_dict_from_url", "jit.load", "hub.load")
-        if pickled and not (called(name, "torch.load", "get_state_dict") and literal(call, "weights_only") is True):
+        pickled = called(
+            name, "torch.load", "get_state_dict", "load_state_dict_from_url", "jit.load", "hub.load"
+        )
+        if pickled and not (
+            called(name, "torch.load", "get_state_dict") and literal(call, "weights_only") is True
+        ):
             found.append(ast.unparse(call))
-        if called(name, "pickle.load", "pickle.loads", "Unpickler", "joblib.load", "yaml.load", "read_pickle"):
+        if called(
+            name,
+            "pickle.load",
+            "pickle.loads",
+            "Unpickler",
+            "joblib.load",
+            "yaml.load",
+            "read_pickle",
+        ):
             found.append(ast.unparse(call))
         if any(keyword.arg in ("allow_pickle", "trust_remote_code") for keyword in call.keywords):
             found.append(ast.unparse(call))
@@ -72,19 +90,27 @@ def loads_that_could_run_code(source: str) -> list[str]:
 def shells(source: str) -> list[str]:
     found = []
     for name, call in calls(source):
-        if called(name, "os.system", "os.popen", "getoutput", "getstatusoutput", "create_subprocess_shell"):
-            found.append(ast.unparse(call))
-        if any(keyword.arg == "shell" for keyword in call.keywords) or name.startswith(("os.exec", "os.spawn")):
-            found.append(ast.unparse(call))
-        if called(name, "subprocess.run", "Popen", "check_call", "check_output", "subprocess.call") and (
-            not call.args or isinstance(call.args[0], ast.Constant | ast.JoinedStr | ast.BinOp)
+        if called(
+            name, "os.system", "os.popen", "getoutput", "getstatusoutput", "create_subprocess_shell"
         ):
+            found.append(ast.unparse(call))
+        if any(keyword.arg == "shell" for keyword in call.keywords) or name.startswith(
+            ("os.exec", "os.spawn")
+        ):
+            found.append(ast.unparse(call))
+        if called(
+            name, "subprocess.run", "Popen", "check_call", "check_output", "subprocess.call"
+        ) and (not call.args or isinstance(call.args[0], ast.Constant | ast.JoinedStr | ast.BinOp)):
             found.append(ast.unparse(call))  # one string instead of a list of arguments
     return found
 
 
 def evaluated(source: str) -> list[str]:
-    return [ast.unparse(call) for name, call in calls(source) if name in ("eval", "exec", "compile", "__import__")]
+    return [
+        ast.unparse(call)
+        for name, call in calls(source)
+        if name in ("eval", "exec", "compile", "__import__")
+    ]
 
 
 LOADING = {
@@ -128,9 +154,20 @@ def test_the_look_for_shells_finds_them(source, count):
 
 def test_the_look_goes_over_all_the_code():
     names = {path.name for path in [*PROGRAMS, *NOTEBOOKS]}
-    assert {"frcnn_common.py", "build_site.py", "speed.py", "conftest.py", Path(__file__).name} <= names
+    assert {
+        "frcnn_common.py",
+        "build_site.py",
+        "speed.py",
+        "conftest.py",
+        Path(__file__).name,
+    } <= names
     assert len(NOTEBOOKS) == 7
-    every = [name for path in [*PROGRAMS, *NOTEBOOKS] for source in sources(path) for name, _ in calls(source)]
+    every = [
+        name
+        for path in [*PROGRAMS, *NOTEBOOKS]
+        for source in sources(path)
+        for name, _ in calls(source)
+    ]
     assert sum(called(name, "torch.load") for name in every) >= 2
     assert sum(called(name, "load_dataset") for name in every) >= 2
     assert sum(called(name, "subprocess.run") for name in every) >= 2
@@ -154,29 +191,47 @@ def test_no_text_is_run_as_code(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_no_cell_calls_the_machine(path):
     lines = [line for source in sources(path) for line in source.splitlines()]
-    assert [line for line in lines if re.match(r"\s*[!%]", line) or re.match(r"\s*\w+\s*=\s*[!%]", line)] == []
+    assert [
+        line for line in lines if re.match(r"\s*[!%]", line) or re.match(r"\s*\w+\s*=\s*[!%]", line)
+    ] == []
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png_of_zeros(width: int, height: int, *more: bytes) -> bytes:
     """A whole, valid PNG, one bit a pixel, made without ever holding its pixels."""
     deflate, some = zlib.compressobj(9), 100
     line = bytes(1 + (width + 7) // 8)  # the filter, then the pixels
-    packed = b"".join(deflate.compress(line * min(some, height - y)) for y in range(0, height, some)) + deflate.flush()
+    packed = (
+        b"".join(deflate.compress(line * min(some, height - y)) for y in range(0, height, some))
+        + deflate.flush()
+    )
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(more) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(more)
+        + chunk(b"IDAT", packed)
+        + chunk(b"IEND", b"")
+    )
 
 
 def header_alone(kind: str) -> bytes:
     """The first bytes of a picture of 60,000 × 60,000 pixels, and nothing behind them."""
     if kind == "bmp":
-        return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack(
+            "<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0
+        )
     if kind == "gif":
         frame = struct.pack("<cHHHHBB", b",", 0, 0, 60_000, 60_000, 0, 8)
         return b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + frame
@@ -192,7 +247,10 @@ BOMBS = {
     "text that unpacks to 20 MB": lambda: png_of_zeros(
         8, 8, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000), 9))
     ),
-    **{f"the head of a {kind}": lambda kind=kind: header_alone(kind) for kind in ("bmp", "gif", "jpeg", "ppm")},
+    **{
+        f"the head of a {kind}": lambda kind=kind: header_alone(kind)
+        for kind in ("bmp", "gif", "jpeg", "ppm")
+    },
 }
 
 # Run alone, so that the greatest memory is its own: a folder with the bomb between two good rows, then `detect`.
@@ -225,7 +283,9 @@ def test_a_bomb_of_pixels_costs_one_line_and_no_memory(tmp_path):
     frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
     command = [sys.executable, "-c", LOOK, str(tmp_path), str(width), str(height)]
     environment = os.environ | {"PYTHONPATH": str(Path(frcnn.__file__).parent)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True
+    )
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["ids"], result["skipped"], result["code"]) == ([1, 3], 2, 2)
     assert result["mb"] < 300  # decoded, the smaller would take 700
@@ -236,18 +296,26 @@ def test_a_bomb_of_pixels_costs_one_line_and_no_memory(tmp_path):
         f"frcnn_common: {tmp_path}/bomb.png is no picture that can be read:"
         f" an image of 13000 × 13000 pixels is too large: at most {frcnn.MAX_PIXELS:,}"
     ]
-    assert sum("UserWarning: image_id" in line for line in named) == len(named) - 1 == 2  # and not a line of Pillow's
+    assert (
+        sum("UserWarning: image_id" in line for line in named) == len(named) - 1 == 2
+    )  # and not a line of Pillow's
     (record,) = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert record["image"].endswith("good.png")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest takes the module's filter away
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # pytest takes the module's filter away
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_before_it_is_decoded(kind, monkeypatch):
     content = BOMBS[kind]()
     PIL.Image.init()  # its plugins make small images of their own
-    monkeypatch.setattr(PIL.Image.core, "new", lambda *arguments: pytest.fail(f"memory for {arguments}"))
-    monkeypatch.setattr(PIL.Image.core, "fill", lambda *arguments: pytest.fail(f"memory for {arguments}"))
+    monkeypatch.setattr(
+        PIL.Image.core, "new", lambda *arguments: pytest.fail(f"memory for {arguments}")
+    )
+    monkeypatch.setattr(
+        PIL.Image.core, "fill", lambda *arguments: pytest.fail(f"memory for {arguments}")
+    )
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"pixels|too large") as error:
         frcnn.decode_image(content)
@@ -262,7 +330,9 @@ def test_the_limit_is_exact(more, accepted, monkeypatch):
     if accepted:
         assert frcnn.decode_image(content).size == (300, 1)
     else:
-        with pytest.raises(ValueError, match="an image of 301 × 1 pixels is too large: at most 300"):
+        with pytest.raises(
+            ValueError, match="an image of 301 × 1 pixels is too large: at most 300"
+        ):
             frcnn.decode_image(content)
 
 
@@ -274,7 +344,9 @@ def test_photographs_of_today_are_below_the_limit():
 def test_no_program_in_a_picture_is_run(monkeypatch):
     """An EPS file is a PostScript program; Pillow would start Ghostscript on it."""
     content = encoded(PIL.Image.new("RGB", (8, 8)), "eps")
-    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it was run"))
+    monkeypatch.setattr(
+        PIL.EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it was run")
+    )
     for size in (None, (8, 8)):
         with pytest.raises(ValueError, match="EPS file is a program"):
             frcnn.decode_image(content, size)

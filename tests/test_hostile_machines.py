@@ -36,7 +36,9 @@ def test_a_mac_computes_on_its_cpu(cuda, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *arguments, **options: True)
     monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda *arguments, **options: torch.device("cuda" if cuda else "mps")
+        torch.accelerator,
+        "current_accelerator",
+        lambda *arguments, **options: torch.device("cuda" if cuda else "mps"),
     )
     spec = importlib.util.spec_from_file_location("frcnn_on_a_mac", frcnn.__file__)
     module = importlib.util.module_from_spec(spec)
@@ -79,20 +81,32 @@ def test_everything_works_below_a_path_with_spaces_and_other_letters(tmp_path):
     shutil.copy(frcnn.__file__, folder)
     for split, seeds in (("train", range(20)), ("val", range(100, 103))):
         rows = [frcnn.render_glyph_scene(seed, 64) for seed in seeds]
-        datasets.Dataset.from_list(rows).to_parquet(folder / "Bilder Ω" / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(
+            folder / "Bilder Ω" / f"{split}-00000-of-00001.parquet"
+        )
     PIL.Image.new("RGB", (50, 40), "red").save(folder / "Fotos №" / "Foto Ä.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FRCNN_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("FRCNN_")
+    }
     environment |= ON_CPU | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
 
     command = [sys.executable, "-c", IN_THE_FOLDER, str(folder / "Bilder Ω")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
-    trained, evaluated, detected = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    trained, evaluated, detected = (
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
+    )
     assert (trained["steps"], detected["images"], detected["failed"]) == (2, 1, 0)
     assert list(evaluated) == list(frcnn.COCO_FIGURES)
     (record,) = json.loads((folder / "gezeichnet Ω" / "detections.json").read_text())
     assert Path(record["image"]) == Path("Fotos №", "Foto Ä.png")
-    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".pt", ".jpg", ".png")}
+    written = {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix in (".pt", ".jpg", ".png")
+    }
     assert written == {
         "Modell ß.pt",
         str(Path("checkpoints", "tiny.pt")),
@@ -117,14 +131,23 @@ def shards(tmp_path_factory):
 
 def ids(source: object, start: str, seconds: float) -> list[list[int]]:
     """Ids of 12 scenes, batch by batch, from two workers that were started in this way."""
-    dataset = frcnn.COCOStreamDataset("train", 12, str(source), 64, shuffle_buffer=4, bbox_format="xyxy")
+    dataset = frcnn.COCOStreamDataset(
+        "train", 12, str(source), 64, shuffle_buffer=4, bbox_format="xyxy"
+    )
     loader = DataLoader(
-        dataset, 2, num_workers=2, collate_fn=frcnn.frcnn_collate_fn, multiprocessing_context=start, timeout=seconds
+        dataset,
+        2,
+        num_workers=2,
+        collate_fn=frcnn.frcnn_collate_fn,
+        multiprocessing_context=start,
+        timeout=seconds,
     )
     return [[target["image_id"] for target in targets] for _, targets in loader]
 
 
-@pytest.mark.skipif("fork" not in torch.multiprocessing.get_all_start_methods(), reason="Windows only spawns")
+@pytest.mark.skipif(
+    "fork" not in torch.multiprocessing.get_all_start_methods(), reason="Windows only spawns"
+)
 @pytest.mark.parametrize("source", [pytest.param("glyphs", marks=pytest.mark.slow), "shards"])
 def test_workers_give_the_same_however_they_are_started(source, shards, monkeypatch):
     """Forked, from this process which has read and computed before, and spawned, as on Windows and on a Mac.
@@ -180,7 +203,9 @@ ALLOWED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_a_notebook_runs_without_a_warning_that_is_not_named(path, tmp_path):
     """Every warning is an error in the kernel and in all processes that it starts, apart from `ALLOWED`."""
     saved = ROOT / "checkpoints" / "tiny.pt"
@@ -195,7 +220,9 @@ def test_a_notebook_runs_without_a_warning_that_is_not_named(path, tmp_path):
     }
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute(env=environment)
+    nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources=resources
+    ).execute(env=environment)
     ran = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in ran)
 
@@ -203,9 +230,21 @@ def test_a_notebook_runs_without_a_warning_that_is_not_named(path, tmp_path):
 def test_what_a_warning_would_stop_is_stopped(tmp_path):
     """The names above let nothing else through."""
     environment = os.environ | {"PYTHONWARNINGS": ",".join(["error", *sorted(ALLOWED)])}
-    for category in ("UserWarning", "DeprecationWarning", "FutureWarning", "RuntimeWarning", "ResourceWarning"):
+    for category in (
+        "UserWarning",
+        "DeprecationWarning",
+        "FutureWarning",
+        "RuntimeWarning",
+        "ResourceWarning",
+    ):
         code = f"import warnings; warnings.warn('something else', {category})"
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
         assert done.returncode == 1, category
         assert done.stderr.splitlines()[-1] == f"{category}: something else"
 
@@ -236,9 +275,15 @@ def test_one_and_two_threads_differ_within_a_band():
     runs = []
     for threads in (1, 2, 2):
         # No thread waits in a busy loop: on a machine with other work that takes many times as long.
-        environment = os.environ | ON_CPU | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        environment = (
+            os.environ | ON_CPU | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        )
         command = [sys.executable, "-c", TWENTY_STEPS]
-        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+        runs.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        )
     one, two, again = (json.loads(run.communicate(timeout=300)[0].splitlines()[-1]) for run in runs)
     assert [count for count, _ in (one, two, again)] == [1, 2, 2]
     assert two == again

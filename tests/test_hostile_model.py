@@ -36,7 +36,11 @@ def narrow_detector(norm=frcnn.FrozenBatchNorm2d) -> frcnn.FasterRCNN:
         for module in backbone.modules():
             if isinstance(module, frcnn.Bottleneck):
                 module.bn3.weight.fill_(0.2)  # else sixteen blocks add up to thousands
-    for layer, std in [(rpn.head.objectness, 0.5), (rpn.head.deltas, 0.05), (detector.predictor.cls, 0.5)]:
+    for layer, std in [
+        (rpn.head.objectness, 0.5),
+        (rpn.head.deltas, 0.05),
+        (detector.predictor.cls, 0.5),
+    ]:
         nn.init.normal_(layer.weight, std=std)
     detector.SCORE_THR = 0.1
     return detector
@@ -55,7 +59,11 @@ def assert_trains(model: frcnn.FasterRCNN, losses: dict[str, torch.Tensor]) -> N
     """Four finite float32 losses, and finite gradients wherever there is one."""
     assert list(losses) == list(frcnn.LOSS_NAMES)
     for loss in losses.values():
-        assert (loss.dtype, loss.ndim, bool(loss.isfinite() & (loss >= 0))) == (torch.float32, 0, True), losses
+        assert (loss.dtype, loss.ndim, bool(loss.isfinite() & (loss >= 0))) == (
+            torch.float32,
+            0,
+            True,
+        ), losses
     model.zero_grad()
     sum(losses.values()).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -63,7 +71,9 @@ def assert_trains(model: frcnn.FasterRCNN, losses: dict[str, torch.Tensor]) -> N
     assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def assert_detects(results: list[dict], proposals: list[torch.Tensor], sizes: list[tuple[int, int]]) -> None:
+def assert_detects(
+    results: list[dict], proposals: list[torch.Tensor], sizes: list[tuple[int, int]]
+) -> None:
     """Types, shapes, ranges and order of what `FasterRCNN` promises outside training."""
     assert len(results) == len(proposals) == len(sizes)
     for result, boxes, (height, width) in zip(results, proposals, sizes, strict=True):
@@ -91,7 +101,9 @@ LARGE = [(799, 1333), (1333, 1333)]
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [*SIZES, *(pytest.param(size, marks=pytest.mark.slow) for size in LARGE)])
+@pytest.mark.parametrize(
+    "size", [*SIZES, *(pytest.param(size, marks=pytest.mark.slow) for size in LARGE)]
+)
 def test_every_size_from_33_to_1333_trains_and_detects(size, amp):
     model, images = frcnn.tiny_faster_rcnn(), torch.randn(2, 3, *size)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
@@ -132,7 +144,9 @@ KINDS = {  # objects, true size: of one pixel no proposal is large enough
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kinds", list(itertools.combinations_with_replacement(KINDS, 2)), ids=" + ".join)
+@pytest.mark.parametrize(
+    "kinds", list(itertools.combinations_with_replacement(KINDS, 2)), ids=" + ".join
+)
 def test_batches_of_every_mixture_train_and_detect(kinds, amp):
     counts, sizes = zip(*(KINDS[kind] for kind in kinds), strict=True)
     model, images = narrow_detector(frcnn.SyncedBatchNorm2d), torch.randn(2, 3, SIDE, SIDE)
@@ -179,7 +193,9 @@ def test_thousands_of_objects_are_matched_in_pieces_that_fit_into_memory(monkeyp
         return box_iou(boxes_a, boxes_b)
 
     monkeypatch.setattr(frcnn, "box_iou", counted)
-    anchors = frcnn.AnchorGenerator()([torch.zeros(1, 1, 50 >> i, 50 >> i) for i in range(5)], (200, 200))
+    anchors = frcnn.AnchorGenerator()(
+        [torch.zeros(1, 1, 50 >> i, 50 >> i) for i in range(5)], (200, 200)
+    )
     gt_boxes = objects(2000, 200, 200)["boxes"]
     labels, matched = frcnn.match_boxes(anchors, gt_boxes, 0.7, 0.3, True)
     assert sum(pairs) == len(gt_boxes) * len(anchors) > frcnn._MATCH_PAIRS
@@ -204,16 +220,24 @@ def test_losses_of_a_batch_are_those_of_its_images_weighted_by_their_samples(cou
     images = torch.randn(3, 3, SIDE, SIDE) * torch.tensor([1.0, 3.0, 0.3]).view(3, 1, 1, 1)
     targets = [objects(count, SIDE, SIDE) for count in counts]
     sampled = {}
-    model.rpn.register_forward_hook(lambda module, arguments, result: sampled.update(proposals=result[0]))
+    model.rpn.register_forward_hook(
+        lambda module, arguments, result: sampled.update(proposals=result[0])
+    )
     expected, anchors_sampled, proposals_sampled = dict.fromkeys(frcnn.LOSS_NAMES, 0.0), 0, 0
     for i, target in enumerate(targets):
         alone = model(images[i : i + 1], [target])
         anchors = model.rpn.anchor_gen._last[1]
         labels, _ = frcnn.match_boxes(anchors, target["boxes"], 0.7, 0.3, best_is_positive=True)
-        weights = {"rpn": int((labels >= 0).sum()), "roi": len(sampled["proposals"][0]) + len(target["boxes"])}
+        weights = {
+            "rpn": int((labels >= 0).sum()),
+            "roi": len(sampled["proposals"][0]) + len(target["boxes"]),
+        }
         for name, loss in alone.items():
             expected[name] += loss.item() * weights[name[:3]]
-        anchors_sampled, proposals_sampled = anchors_sampled + weights["rpn"], proposals_sampled + weights["roi"]
+        anchors_sampled, proposals_sampled = (
+            anchors_sampled + weights["rpn"],
+            proposals_sampled + weights["roi"],
+        )
     together = model(images, targets)
     for name, loss in together.items():
         mean = expected[name] / (anchors_sampled if name.startswith("rpn") else proposals_sampled)
@@ -240,14 +264,22 @@ def test_an_image_of_no_numbers_leaves_its_neighbours_alone(value):
 # --- boxes of chance -------------------------------------------------------------------------------------------------
 
 # float32 holds areas up to 1e38 and differences down to a part in 1e7; sides from nothing to 1e15 are tried.
-side = st.one_of(st.just(0.0), st.floats(0, 400, width=32), st.sampled_from([1e-30, 1e-7, 1e-3, 1e6, 1e15]))
-corner = st.one_of(st.floats(-50, 450, width=32), st.sampled_from([0.0, 1e-30, -1e6, 1e6, 1e15, -1e15]))
-any_box = st.tuples(corner, corner, side, side).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+side = st.one_of(
+    st.just(0.0), st.floats(0, 400, width=32), st.sampled_from([1e-30, 1e-7, 1e-3, 1e6, 1e15])
+)
+corner = st.one_of(
+    st.floats(-50, 450, width=32), st.sampled_from([0.0, 1e-30, -1e6, 1e6, 1e15, -1e15])
+)
+any_box = st.tuples(corner, corner, side, side).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
 few_values = st.integers(0, 12)
 small_box = st.tuples(few_values, few_values, few_values, few_values).map(
     lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
 )
-hostile_boxes = st.lists(any_box | small_box, max_size=30).map(lambda b: torch.tensor(b).reshape(-1, 4).float())
+hostile_boxes = st.lists(any_box | small_box, max_size=30).map(
+    lambda b: torch.tensor(b).reshape(-1, 4).float()
+)
 chance = settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 
 
@@ -259,7 +291,9 @@ def test_iou_of_hostile_boxes_lies_in_0_to_1_and_equals_torchvision(a, b):
     assert ((iou >= 0) & (iou <= 1)).all()  # NaN would be neither
     assert torch.equal(iou, frcnn.box_iou(b, a).T)
     expected = torchvision.ops.box_iou(a, b)
-    torch.testing.assert_close(iou, expected.nan_to_num(0), atol=1e-6, rtol=1e-5)  # there 0/0 is NaN
+    torch.testing.assert_close(
+        iou, expected.nan_to_num(0), atol=1e-6, rtol=1e-5
+    )  # there 0/0 is NaN
     own = frcnn.box_iou(a, a).diagonal()
     assert torch.equal(own, (frcnn.box_area(a) > 0).float())
 
@@ -276,9 +310,9 @@ def test_clipped_boxes_lie_inside_and_stay_there(boxes, height, width):
     assert torch.equal(clipped, torchvision.ops.clip_boxes_to_image(boxes, (height, width)))
 
 
-solid_box = st.tuples(*[st.floats(-1e3, 1e3, width=32)] * 2, *[st.floats(0.125, 1e3, width=32)] * 2).map(
-    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
-)
+solid_box = st.tuples(
+    *[st.floats(-1e3, 1e3, width=32)] * 2, *[st.floats(0.125, 1e3, width=32)] * 2
+).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
 coder_weights = st.sampled_from([(1, 1, 1, 1), (10, 10, 5, 5)])
 
 
@@ -292,12 +326,17 @@ def test_decode_undoes_encode_for_boxes_of_chance(pairs, weights):
     torch.testing.assert_close(decoded, targets, atol=0.02, rtol=1e-4)
 
 
-any_delta = st.one_of(st.floats(-5, 5, width=32), st.floats(width=32), st.sampled_from([3e38, -3e38, NAN, INF, -INF]))
+any_delta = st.one_of(
+    st.floats(-5, 5, width=32), st.floats(width=32), st.sampled_from([3e38, -3e38, NAN, INF, -INF])
+)
 
 
 @chance
 @given(
-    st.lists(st.tuples(solid_box, st.lists(any_delta, min_size=4, max_size=4)), min_size=1, max_size=20), coder_weights
+    st.lists(
+        st.tuples(solid_box, st.lists(any_delta, min_size=4, max_size=4)), min_size=1, max_size=20
+    ),
+    coder_weights,
 )
 def test_whatever_the_network_says_a_proposal_lies_inside_its_image(pairs, weights):
     """Outputs of a network that has gone wild: boxes that are NaN fail the comparison of sizes, others are clipped."""
@@ -314,19 +353,27 @@ def test_whatever_the_network_says_a_proposal_lies_inside_its_image(pairs, weigh
 
 
 any_score = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0, INF, -INF, 1e-45])
-scored = st.lists(st.tuples(any_box | small_box, any_score, st.sampled_from([0, 1, 7, 80, 10**6])), max_size=40)
+scored = st.lists(
+    st.tuples(any_box | small_box, any_score, st.sampled_from([0, 1, 7, 80, 10**6])), max_size=40
+)
 
 
 def as_tensors(rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     boxes, scores, groups = ([row[i] for row in rows] for i in range(3))
-    return torch.tensor(boxes).reshape(-1, 4).float(), torch.tensor(scores).float(), torch.tensor(groups).long()
+    return (
+        torch.tensor(boxes).reshape(-1, 4).float(),
+        torch.tensor(scores).float(),
+        torch.tensor(groups).long(),
+    )
 
 
 @chance
 @given(scored, st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
 def test_nms_of_hostile_boxes_equals_torchvision(rows, threshold):
     boxes, scores, groups = as_tensors(rows)
-    assert torch.equal(frcnn.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold))
+    assert torch.equal(
+        frcnn.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold)
+    )
     kept = []
     for group in groups.unique():
         members = (groups == group).nonzero()[:, 0]
@@ -342,7 +389,11 @@ def test_nms_keeps_a_box_that_is_not_a_number_and_suppresses_nothing_with_it(row
     strange = torch.tensor([[NAN] * 4, [NAN, 0, 10, 10]])
     with_strange = torch.cat((boxes, strange)), torch.cat((scores, torch.tensor([0.9, 0.1])))
     kept = frcnn.nms(*with_strange, 0.5)
-    assert set(kept.tolist()) == {*frcnn.nms(boxes, scores, 0.5).tolist(), len(boxes), len(boxes) + 1}
+    assert set(kept.tolist()) == {
+        *frcnn.nms(boxes, scores, 0.5).tolist(),
+        len(boxes),
+        len(boxes) + 1,
+    }
 
 
 def naive_match(boxes, gt_boxes, pos_thr, neg_thr, best_is_positive) -> tuple[list[int], list[int]]:
@@ -367,15 +418,22 @@ def naive_match(boxes, gt_boxes, pos_thr, neg_thr, best_is_positive) -> tuple[li
     st.booleans(),
     st.sampled_from([1, 40, 2**24]),
 )
-def test_matching_of_hostile_boxes_equals_the_naive_loops(boxes, gt_boxes, thresholds, best_is_positive, pairs):
+def test_matching_of_hostile_boxes_equals_the_naive_loops(
+    boxes, gt_boxes, thresholds, best_is_positive, pairs
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frcnn, "_MATCH_PAIRS", pairs)  # of 1: object by object
         labels, matched = frcnn.match_boxes(boxes, gt_boxes, *thresholds, best_is_positive)
     assert labels.dtype == matched.dtype == torch.int64
-    assert (labels.tolist(), matched.tolist()) == naive_match(boxes, gt_boxes, *thresholds, best_is_positive)
+    assert (labels.tolist(), matched.tolist()) == naive_match(
+        boxes, gt_boxes, *thresholds, best_is_positive
+    )
 
 
-MAPS = [torch.randn(1, 2, 64 >> i, 80 >> i, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+MAPS = [
+    torch.randn(1, 2, 64 >> i, 80 >> i, generator=torch.Generator().manual_seed(i))
+    for i in range(4)
+]
 SIZE = (256, 320)
 
 
@@ -393,7 +451,10 @@ near_box = st.tuples(*[st.floats(-600, 900, width=16)] * 2, *[st.floats(0, 900, 
 
 
 @chance
-@given(st.lists(near_box, max_size=12).map(lambda b: torch.tensor(b).reshape(-1, 4).float()), st.booleans())
+@given(
+    st.lists(near_box, max_size=12).map(lambda b: torch.tensor(b).reshape(-1, 4).float()),
+    st.booleans(),
+)
 def test_pooling_of_boxes_of_chance_equals_torchvision(boxes, aligned):
     pooled = frcnn.ROIAlign(aligned=aligned)(MAPS, [boxes], SIZE)
     torch.testing.assert_close(pooled, pooled_by_torchvision(boxes, aligned), atol=1e-3, rtol=0)
@@ -409,15 +470,25 @@ def test_pooling_of_hostile_boxes_is_finite(boxes, aligned):
 
 
 @chance
-@given(st.lists(small_box.filter(lambda b: b[0] < b[2] and b[1] < b[3]), min_size=1, max_size=20), st.data())
+@given(
+    st.lists(small_box.filter(lambda b: b[0] < b[2] and b[1] < b[3]), min_size=1, max_size=20),
+    st.data(),
+)
 def test_a_sliver_of_an_object_trains_with_finite_losses(good, data):
     """The thinnest boxes that `check_targets` lets through: the log of their size must not overflow."""
     thin = data.draw(st.sampled_from([1e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e-7]))
     boxes = torch.tensor([*good, [0, 0, thin, 12], [0, 3, 12, 3 + 1e-6]]).float()
-    frcnn.check_targets(torch.zeros(1, 3, 8, 8), [{"boxes": boxes, "labels": torch.ones(len(boxes)).long()}], 81)
-    anchors = frcnn.AnchorGenerator()([torch.zeros(1, 1, 16 >> i or 1, 16 >> i or 1) for i in range(5)], (64, 64))
+    frcnn.check_targets(
+        torch.zeros(1, 3, 8, 8), [{"boxes": boxes, "labels": torch.ones(len(boxes)).long()}], 81
+    )
+    anchors = frcnn.AnchorGenerator()(
+        [torch.zeros(1, 1, 16 >> i or 1, 16 >> i or 1) for i in range(5)], (64, 64)
+    )
     rpn = frcnn.RegionProposalNetwork(frcnn.RPNHead(4), frcnn.AnchorGenerator())
-    logits, deltas = torch.zeros(1, len(anchors)).requires_grad_(), torch.zeros(1, len(anchors), 4).requires_grad_()
+    logits, deltas = (
+        torch.zeros(1, len(anchors)).requires_grad_(),
+        torch.zeros(1, len(anchors), 4).requires_grad_(),
+    )
     losses = rpn.losses(anchors, logits, deltas, [{"boxes": boxes}])
     sum(losses.values()).backward()
     assert all(math.isfinite(loss.item()) for loss in losses.values())

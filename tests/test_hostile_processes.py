@@ -87,7 +87,9 @@ def train_whole(path: Path, clock: Path) -> int:
 def kill_in_a_save(child: int, folder: Path, number: int, delay: float) -> None:
     """Kill the child so long after it has begun to write for the so-many-th time, unless it ends before."""
     begun, writing = 0, False
-    while begun < number and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while (
+        begun < number and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    ):
         writing, before = bool(unfinished(folder)), writing
         begun += writing and not before
     time.sleep(delay)
@@ -101,7 +103,9 @@ def resume(path: Path, whole: Path, report: Path) -> int:
     code = frcnn.main([*RUN.split(), str(path), "--resume"])
     equal = same(torch.load(path, weights_only=True), torch.load(whole, weights_only=True))
     left = sorted(file.name for file in path.parent.iterdir())
-    report.write_text(json.dumps({"step": step, "torn": torn, "code": code, "equal": equal, "left": left}))
+    report.write_text(
+        json.dumps({"step": step, "torn": torn, "code": code, "equal": equal, "left": left})
+    )
     return 0
 
 
@@ -128,7 +132,9 @@ def drive(folder: Path) -> list[dict]:
         if end_of(child) != -signal.SIGKILL:
             continue  # it had ended before
         report.unlink(missing_ok=True)
-        assert end_of(in_a_child(resume, path, whole, report)) == 0, f"attempt {attempt} left what cannot be resumed"
+        assert end_of(in_a_child(resume, path, whole, report)) == 0, (
+            f"attempt {attempt} left what cannot be resumed"
+        )
         killed.append({"aimed": aimed} | json.loads(report.read_text()))
         for file in path.parent.iterdir():
             file.unlink()  # 33 MB each
@@ -140,7 +146,11 @@ def drive(folder: Path) -> list[dict]:
 def test_runs_killed_at_50_moments_all_end_as_the_one_nobody_killed(tmp_path):
     """Every checkpoint after a kill is absent or whole; every end is the same bit for bit, the generators included."""
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=os.environ | ON_CPU, capture_output=True, text=True, timeout=900
+        [sys.executable, __file__, str(tmp_path)],
+        env=os.environ | ON_CPU,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     killed = json.loads(done.stdout)
@@ -180,7 +190,9 @@ def kernel(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_from(workers, kernel):
+def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_from(
+    workers, kernel
+):
     """One run is interrupted several times, every second time while it writes."""
     manager, client, folder = kernel
     path, rng, steps = folder / f"cut-{workers}.pt", random.Random(workers), [0]
@@ -188,7 +200,9 @@ def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_
         saved = path.stat().st_mtime_ns if path.exists() else None
         client.execute(f"run({path.name!r}, {workers}, resume=True)", stop_on_error=False)
         deadline = time.monotonic() + 60
-        while (path.stat().st_mtime_ns if path.exists() else None) == saved and time.monotonic() < deadline:
+        while (
+            path.stat().st_mtime_ns if path.exists() else None
+        ) == saved and time.monotonic() < deadline:
             time.sleep(0.005)
         while interrupt % 2 and not unfinished(folder) and time.monotonic() < deadline:
             pass
@@ -196,7 +210,9 @@ def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_
         manager.interrupt_kernel()
         stopped = client.get_shell_msg(timeout=60)["content"]
         assert (stopped["status"], stopped.get("ename")) == ("error", "KeyboardInterrupt")
-        alive = client.execute_interactive("", user_expressions={"sum": "1 + 1"}, timeout=60)["content"]
+        alive = client.execute_interactive("", user_expressions={"sum": "1 + 1"}, timeout=60)[
+            "content"
+        ]
         assert alive["user_expressions"]["sum"]["data"]["text/plain"] == "2"
         assert unfinished(folder) == []
         steps.append(frcnn.load_checkpoint(path)[1]["step"])
@@ -205,7 +221,12 @@ def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_
     for name, resume in ((path.name, True), (f"whole-{workers}.pt", False)):
         reply = client.execute_interactive(f"run({name!r}, {workers}, {resume})", timeout=120)
         assert reply["content"]["status"] == "ok"
-    assert same(*(torch.load(folder / f"{name}-{workers}.pt", weights_only=True) for name in ("cut", "whole")))
+    assert same(
+        *(
+            torch.load(folder / f"{name}-{workers}.pt", weights_only=True)
+            for name in ("cut", "whole")
+        )
+    )
 
 
 # Saving fails
@@ -219,7 +240,9 @@ class Refusing:
 
     def write(self, data):
         self.writes -= 1
-        if self.writes == -1 or (self.writes < 0 and isinstance(self.error, OSError)):  # a full disk stays full
+        if self.writes == -1 or (
+            self.writes < 0 and isinstance(self.error, OSError)
+        ):  # a full disk stays full
             raise self.error
         return self.file.write(data)
 
@@ -233,14 +256,18 @@ class Small(torch.nn.Linear):
     name = "small"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr
+)
 def test_a_write_that_is_refused_keeps_its_reason_and_the_old_file(error, monkeypatch, tmp_path):
     """At every write of `torch.save`, which by itself would end with an assertion of its own."""
     path, save = tmp_path / "c.pt", torch.save
     frcnn.save_checkpoint(path, Small(3, 2), step=1)
     before, refused = path.read_bytes(), 0
     for writes in itertools.count():
-        monkeypatch.setattr(torch, "save", lambda state, file, n=writes: save(state, Refusing(file, n, error)))
+        monkeypatch.setattr(
+            torch, "save", lambda state, file, n=writes: save(state, Refusing(file, n, error))
+        )
         try:
             frcnn.save_checkpoint(path, Small(3, 2), step=2)
             break
@@ -266,7 +293,9 @@ def largest_file():
     limit(None)
 
 
-def test_a_full_disk_costs_one_line_and_no_step_that_was_saved(largest_file, capfd, monkeypatch, tmp_path):
+def test_a_full_disk_costs_one_line_and_no_step_that_was_saved(
+    largest_file, capfd, monkeypatch, tmp_path
+):
     monkeypatch.setattr(frcnn, "DEVICE", torch.device("cpu"))
     line = "train --model tiny --source glyphs --image-size 64 --batch 1 --steps 4 --save-every 2 --checkpoint"
     path, whole = tmp_path / "cut.pt", tmp_path / "whole.pt"
@@ -288,7 +317,10 @@ def test_a_full_disk_costs_one_line_and_no_step_that_was_saved(largest_file, cap
         largest_file(None)
         error = capfd.readouterr().err.splitlines()[-1]
         assert code == 2
-        assert error == f"frcnn_common: error: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: {str(path)!r}"
+        assert (
+            error
+            == f"frcnn_common: error: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: {str(path)!r}"
+        )
         assert path.read_bytes() == before
         assert sorted(tmp_path.iterdir()) == [path, whole]
     assert frcnn.main([*line.split(), str(path), "--resume"]) == 0
@@ -344,9 +376,13 @@ def test_a_read_only_checkout_says_what_it_does_not_save_and_goes_on(tmp_path):
         bound = ["setpriv", "--bounding-set", "-dac_override"]
         if not shutil.which(bound[0]):
             pytest.skip("root may write everywhere, and there is no setpriv to take that away")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FRCNN_")} | ON_CPU
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("FRCNN_")
+    } | ON_CPU
     command = [*bound, sys.executable, "-Bc", READ_ONLY]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     without, empty, saved = json.loads(done.stdout.splitlines()[-1])
     refused = f"[Errno {errno.EACCES}] {os.strerror(errno.EACCES)}: "
@@ -362,7 +398,9 @@ def test_a_read_only_checkout_says_what_it_does_not_save_and_goes_on(tmp_path):
     ]
     assert saved["said"] == empty["said"][:1]
     assert [report["trained"] for report in (without, empty, saved)] == [[None], [None], []]
-    assert without["weights"] == empty["weights"] == saved["weights"]  # unsaved or saved, it is the same detector
+    assert (
+        without["weights"] == empty["weights"] == saved["weights"]
+    )  # unsaved or saved, it is the same detector
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def code_cells(notebook) -> list:
 
 
 def lines(cell) -> int:
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines()
+    )
 
 
 def test_is_the_output_of_one_clean_run(notebook):
@@ -72,14 +74,18 @@ def test_opens_and_closes_as_the_others_do(notebook):
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert "## Summary" in prose
     assert 3 <= len(re.findall(r"^\*\*\d · ", prose, re.MULTILINE)) <= 5
-    solutions = [cell for cell in code_cells(notebook) if "hide-cell" in cell.metadata.get("tags", [])]
+    solutions = [
+        cell for cell in code_cells(notebook) if "hide-cell" in cell.metadata.get("tags", [])
+    ]
     assert len(solutions) >= 3
     assert all(cell.metadata["jupyter"]["source_hidden"] for cell in solutions)
 
 
 def test_every_picture_is_described(notebook):
     for cell in code_cells(notebook):
-        if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+        if any(
+            kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})
+        ):
             assert len(cell.metadata.get("alt", "")) >= 30, cell.source
 
 

@@ -28,11 +28,20 @@ sys.exit(frcnn.main())
 """
 
 
-def command(processes: int, *arguments: object, seen: Path | None = None) -> subprocess.CompletedProcess:
+def command(
+    processes: int, *arguments: object, seen: Path | None = None
+) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "frcnn_common"]
     if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
         if seen:
             driver = seen.with_suffix(".py")
             driver.write_text(DRIVER)
@@ -41,7 +50,12 @@ def command(processes: int, *arguments: object, seen: Path | None = None) -> sub
         else:
             launch += ["-m", "frcnn_common"]
     return subprocess.run(
-        [*launch, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, check=False
+        [*launch, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
     )
 
 
@@ -75,7 +89,9 @@ def test_one_checkpoint_that_one_process_can_load(two):
 
 
 def test_the_first_240_scenes_are_seen_once_over_the_two(two):
-    seen = [[int(seed) for seed in (two[0] / f"seen.{rank}").read_text().split()] for rank in (0, 1)]
+    seen = [
+        [int(seed) for seed in (two[0] / f"seen.{rank}").read_text().split()] for rank in (0, 1)
+    ]
     assert len(seen[0]) >= 120 <= len(seen[1])
     assert sorted(seen[0][:120] + seen[1][:120]) == list(range(240))
 
@@ -90,7 +106,15 @@ def test_first_losses_are_those_of_one_process_with_twice_the_batch(two, tmp_pat
 
 
 def test_evaluation_gathers_over_the_processes(two):
-    arguments = ("evaluate", "--checkpoint", two[0] / "two.pt", "--source", "glyphs", "--max-samples", 13)
+    arguments = (
+        "evaluate",
+        "--checkpoint",
+        two[0] / "two.pt",
+        "--source",
+        "glyphs",
+        "--max-samples",
+        13,
+    )
     alone, together = command(1, *arguments), command(2, *arguments)
     assert alone.returncode == together.returncode == 0, together.stderr
     assert len(together.stdout.splitlines()) == 1
@@ -98,19 +122,44 @@ def test_evaluation_gathers_over_the_processes(two):
 
 
 def test_resume_of_two_processes_is_exact_and_one_is_refused(two, tmp_path):
-    begin = ("train", "--model", "tiny", "--source", "glyphs", "--batch", 2, "--steps", 6, "--save-every", 3)
+    begin = (
+        "train",
+        "--model",
+        "tiny",
+        "--source",
+        "glyphs",
+        "--batch",
+        2,
+        "--steps",
+        6,
+        "--save-every",
+        3,
+    )
     whole = tmp_path / "whole.pt"
     assert command(2, *begin, "--checkpoint", whole).returncode == 0
     killed = tmp_path / "killed.pt"
-    stop = "import frcnn_common as f, os; s = f.save_checkpoint\n" + (
-        "def save(*a, **k):\n    s(*a, **k)\n    os._exit(1)\n"  # rank 0 dies right after its first checkpoint
-        "f.save_checkpoint = save\nraise SystemExit(f.main())\n"
+    stop = (
+        "import frcnn_common as f, os; s = f.save_checkpoint\n"
+        + (
+            "def save(*a, **k):\n    s(*a, **k)\n    os._exit(1)\n"  # rank 0 dies right after its first checkpoint
+            "f.save_checkpoint = save\nraise SystemExit(f.main())\n"
+        )
     )
     (tmp_path / "stop.py").write_text(stop)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     arguments = [str(a) for a in (*begin, "--checkpoint", killed)]
     died = subprocess.run(
-        [*launch, str(tmp_path / "stop.py"), *arguments], capture_output=True, timeout=300, check=False
+        [*launch, str(tmp_path / "stop.py"), *arguments],
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert died.returncode != 0
     assert frcnn.load_checkpoint(killed)[1]["step"] == 3
@@ -126,7 +175,9 @@ def test_resume_of_two_processes_is_exact_and_one_is_refused(two, tmp_path):
 
 
 def _worker(rank: int, world: int, store: str, results: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
     torch.manual_seed(0)
     x = torch.randn(6, 5, 4, 3)
     norm = frcnn.SyncedBatchNorm2d(5)
@@ -142,7 +193,8 @@ def _worker(rank: int, world: int, store: str, results: str) -> None:
             "mean": norm.running_mean,
             "var": norm.running_var,
             "ids": [
-                target["image_id"] for _, target in torch.utils.data.DataLoader(held, batch_size=None, num_workers=2)
+                target["image_id"]
+                for _, target in torch.utils.data.DataLoader(held, batch_size=None, num_workers=2)
             ],
         },
         f"{results}.{rank}",

@@ -32,11 +32,15 @@ def boxes_in(height: int, width: int, count: int, longest: float = 1.0) -> torch
 def levels_of(boxes: torch.Tensor, k0: int = 4) -> torch.Tensor:
     """FPN's equation 1, box by box."""
     areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes.tolist()]
-    levels = [2 if area == 0 else math.floor(k0 + math.log2(math.sqrt(area) / 224)) for area in areas]
+    levels = [
+        2 if area == 0 else math.floor(k0 + math.log2(math.sqrt(area) / 224)) for area in areas
+    ]
     return torch.tensor([min(max(level, 2), 5) - 2 for level in levels])
 
 
-def by_torchvision(fmaps, proposals, aligned: bool = True, out_size: int = 7, sampling: int = 2) -> torch.Tensor:
+def by_torchvision(
+    fmaps, proposals, aligned: bool = True, out_size: int = 7, sampling: int = 2
+) -> torch.Tensor:
     """torchvision's operator, level by level."""
     boxes = torch.cat(proposals)
     image = torch.repeat_interleave(torch.tensor([len(p) for p in proposals]))
@@ -44,7 +48,9 @@ def by_torchvision(fmaps, proposals, aligned: bool = True, out_size: int = 7, sa
     pooled = fmaps[0].new_zeros(len(boxes), fmaps[0].shape[1], out_size, out_size)
     for i, fmap in enumerate(fmaps):
         mine = (level == i).nonzero()[:, 0]
-        found = torchvision.ops.roi_align(fmap, rois[mine], out_size, 0.25 / 2**i, sampling, aligned)
+        found = torchvision.ops.roi_align(
+            fmap, rois[mine], out_size, 0.25 / 2**i, sampling, aligned
+        )
         pooled = pooled.index_put((mine,), found)
     return pooled
 
@@ -54,7 +60,9 @@ def by_torchvision(fmaps, proposals, aligned: bool = True, out_size: int = 7, sa
 
 @pytest.mark.parametrize("k0", [4, 5])
 def test_a_224_px_box_belongs_on_level_k0(k0):
-    boxes = torch.tensor([[10.0, 10, 234, 234], [0, 0, 112, 448], [0, 0, 223.9, 224]])  # area counts, not shape
+    boxes = torch.tensor(
+        [[10.0, 10, 234, 234], [0, 0, 112, 448], [0, 0, 223.9, 224]]
+    )  # area counts, not shape
     assert frcnn.ROIAlign(k0=k0).assign_levels(boxes).tolist() == [k0 - 2, k0 - 2, k0 - 3]
 
 
@@ -124,7 +132,10 @@ def test_other_bins_and_samples_equal_torchvision(out_size, sampling):
 
 
 def test_5000_boxes_equal_torchvision():
-    fmaps, proposals = pyramid(400, 400, channels=2), [boxes_in(400, 400, 2000), boxes_in(400, 400, 3000)]
+    fmaps, proposals = (
+        pyramid(400, 400, channels=2),
+        [boxes_in(400, 400, 2000), boxes_in(400, 400, 3000)],
+    )
     pooled = frcnn.ROIAlign()(fmaps, proposals, (400, 400))
     torch.testing.assert_close(pooled, by_torchvision(fmaps, proposals), atol=1e-3, rtol=0)
 
@@ -152,26 +163,38 @@ def ramps(height: int, width: int) -> list[torch.Tensor]:
 def test_on_a_ramp_a_bin_holds_its_own_centre(side):
     # samples at the bin's corners, or half a pixel off, would not average to it
     x1, y1 = 100.0, 60.0
-    pooled = frcnn.ROIAlign()(ramps(640, 960), [torch.tensor([[x1, y1, x1 + 1.5 * side, y1 + side / 1.5]])], (640, 960))
+    pooled = frcnn.ROIAlign()(
+        ramps(640, 960), [torch.tensor([[x1, y1, x1 + 1.5 * side, y1 + side / 1.5]])], (640, 960)
+    )
     centres = (torch.arange(7) + 0.5) / 7
-    torch.testing.assert_close(pooled[0, 0], (x1 + 1.5 * side * centres).expand(7, 7), atol=1e-2, rtol=0)
-    torch.testing.assert_close(pooled[0, 1], (y1 + side / 1.5 * centres)[:, None].expand(7, 7), atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        pooled[0, 0], (x1 + 1.5 * side * centres).expand(7, 7), atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(
+        pooled[0, 1], (y1 + side / 1.5 * centres)[:, None].expand(7, 7), atol=1e-2, rtol=0
+    )
 
 
 def test_unaligned_is_half_a_cell_further():
     box = [torch.tensor([[100.0, 60, 140, 100]])]
-    aligned, unaligned = (frcnn.ROIAlign(aligned=a)(ramps(640, 960), box, (640, 960)) for a in (True, False))
+    aligned, unaligned = (
+        frcnn.ROIAlign(aligned=a)(ramps(640, 960), box, (640, 960)) for a in (True, False)
+    )
     torch.testing.assert_close(unaligned, aligned + 2, atol=1e-3, rtol=0)  # stride 4
 
 
 def test_every_box_reads_its_own_image():
-    fmaps = [torch.stack([torch.full((1, s, s), float(i)) for i in range(3)]) for s in (64, 32, 16, 8)]
+    fmaps = [
+        torch.stack([torch.full((1, s, s), float(i)) for i in range(3)]) for s in (64, 32, 16, 8)
+    ]
     proposals = [
         torch.tensor([[10.0, 10, 50, 50]]),
         torch.zeros(0, 4),
         torch.tensor([[0.0, 0, 250, 250], [5, 5, 20, 20]]),
     ]
-    assert frcnn.ROIAlign()(fmaps, proposals, (256, 256)).mean((1, 2, 3)).tolist() == pytest.approx([0, 2, 2])
+    assert frcnn.ROIAlign()(fmaps, proposals, (256, 256)).mean((1, 2, 3)).tolist() == pytest.approx(
+        [0, 2, 2]
+    )
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -228,7 +251,11 @@ def test_box_head_is_two_rectified_layers():
 
 def test_default_heads_have_the_papers_sizes():
     head, predictor = frcnn.TwoMLPHead(), frcnn.FastRCNNPredictor()
-    assert (head.fc1.in_features, head.fc1.out_features, head.fc2.out_features) == (256 * 7 * 7, 1024, 1024)
+    assert (head.fc1.in_features, head.fc1.out_features, head.fc2.out_features) == (
+        256 * 7 * 7,
+        1024,
+        1024,
+    )
     assert (predictor.cls.in_features, predictor.cls.out_features) == (1024, 81)
     assert (predictor.box.in_features, predictor.box.out_features) == (1024, 4 * 81)
 

@@ -36,7 +36,9 @@ def make_rpn(head=None, anchor_gen=None, training=True, **options) -> frcnn.Regi
 def tiles(count: int, side: float = 20.0, top: float = 0.0) -> torch.Tensor:
     """A row of boxes that do not touch."""
     left = torch.arange(count) * side * 2
-    return torch.stack((left, torch.full((count,), top), left + side, torch.full((count,), top + side)), dim=1)
+    return torch.stack(
+        (left, torch.full((count,), top), left + side, torch.full((count,), top + side)), dim=1
+    )
 
 
 # --- anchors ---------------------------------------------------------------------------------------------------------
@@ -51,7 +53,10 @@ def test_anchors_go_level_after_level_row_after_row_ratio_fastest():
             for column in range(columns):
                 for ratio in ratios:
                     x, y = (column + 0.5) * stride, (row + 0.5) * stride
-                    width, height = size * math.sqrt(ratio), size / math.sqrt(ratio)  # ratio is width / height
+                    width, height = (
+                        size * math.sqrt(ratio),
+                        size / math.sqrt(ratio),
+                    )  # ratio is width / height
                     expected.append([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
     assert anchors.dtype == torch.float32
     torch.testing.assert_close(anchors, torch.tensor(expected), atol=1e-4, rtol=0)
@@ -66,7 +71,9 @@ def test_default_ratio_is_width_over_height():
 
 
 def test_inverse_ratios_are_height_over_width():
-    tall, _, wide = frcnn.AnchorGenerator(aspect_ratios=(2.0, 1.0, 0.5), inverse_ratios=True).base_anchors(64)
+    tall, _, wide = frcnn.AnchorGenerator(
+        aspect_ratios=(2.0, 1.0, 0.5), inverse_ratios=True
+    ).base_anchors(64)
     assert ((tall[3] - tall[1]) / (tall[2] - tall[0])).item() == pytest.approx(2.0)
     assert ((wide[3] - wide[1]) / (wide[2] - wide[0])).item() == pytest.approx(0.5)
 
@@ -75,17 +82,25 @@ def test_inverse_ratios_are_height_over_width():
 def test_offset_places_the_centre_in_its_cell(offset):
     anchors = frcnn.AnchorGenerator((32,), (1.0,), (8,), offset=offset)(grids((2, 3)), (16, 24))
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    expected = [[(column + offset) * 8, (row + offset) * 8] for row in range(2) for column in range(3)]
+    expected = [
+        [(column + offset) * 8, (row + offset) * 8] for row in range(2) for column in range(3)
+    ]
     assert centres.tolist() == expected
 
 
 def test_rounded_anchors_have_whole_corners():
     gen = frcnn.AnchorGenerator(rounded=True, inverse_ratios=True)
-    assert gen.base_anchors(32).tolist() == [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
+    assert gen.base_anchors(32).tolist() == [
+        [-23, -11, 23, 11],
+        [-16, -16, 16, 16],
+        [-11, -23, 11, 23],
+    ]
     assert frcnn.AnchorGenerator().base_anchors(32)[2, 2].item() == pytest.approx(22.627, abs=1e-3)
 
 
-@pytest.mark.parametrize("size, p6_stride", [((416, 416), (59, 59)), ((800, 1088), (61, 64)), ((400, 400), (57, 57))])
+@pytest.mark.parametrize(
+    "size, p6_stride", [((416, 416), (59, 59)), ((800, 1088), (61, 64)), ((400, 400), (57, 57))]
+)
 def test_published_settings_give_torchvisions_anchors(size, p6_stride):
     maps = grids(*pyramid_sizes(*size))
     assert (size[0] // maps[4].shape[2], size[1] // maps[4].shape[3]) == p6_stride  # not 64
@@ -101,7 +116,12 @@ def test_anchors_follow_a_change_of_size():
     gen = frcnn.AnchorGenerator((32,), (1.0,), None)
     assert len(gen(grids((2, 3)), (16, 24))) == 6
     assert len(gen(grids((4, 3)), (32, 24))) == 12
-    assert gen(grids((2, 3)), (32, 48))[0].tolist() == [-8, -8, 24, 24]  # the same grid, another image
+    assert gen(grids((2, 3)), (32, 48))[0].tolist() == [
+        -8,
+        -8,
+        24,
+        24,
+    ]  # the same grid, another image
 
 
 def test_an_anchor_generator_for_another_number_of_levels_is_refused():
@@ -120,7 +140,9 @@ def strip(iou: float) -> list[float]:
 
 
 def test_match_thresholds():
-    boxes = torch.tensor([strip(v) for v in (1.0, 0.75, 0.69, 0.5, 0.31, 0.29, 0.05)] + [[200.0, 200, 300, 300]])
+    boxes = torch.tensor(
+        [strip(v) for v in (1.0, 0.75, 0.69, 0.5, 0.31, 0.29, 0.05)] + [[200.0, 200, 300, 300]]
+    )
     labels, matched = frcnn.match_boxes(boxes, GT, 0.7, 0.3, best_is_positive=True)
     assert labels.tolist() == [1, 1, -1, -1, -1, 0, 0, 0]
     assert labels.dtype == matched.dtype == torch.int64
@@ -137,7 +159,9 @@ def test_an_overlap_that_equals_the_threshold_is_above_it(threshold):
 
 def test_all_ties_for_the_best_overlap_are_positive():
     # four anchors around a small object share it alike; a fifth overlaps less
-    boxes = torch.tensor([[0.0, 0, 20, 20], [10, 0, 30, 20], [0, 10, 20, 30], [10, 10, 30, 30], [18, 18, 38, 38]])
+    boxes = torch.tensor(
+        [[0.0, 0, 20, 20], [10, 0, 30, 20], [0, 10, 20, 30], [10, 10, 30, 30], [18, 18, 38, 38]]
+    )
     gt = torch.tensor([[10.0, 10, 20, 20]])
     assert len(set(frcnn.box_iou(gt, boxes)[0, :4].tolist())) == 1
     labels, _ = frcnn.match_boxes(boxes, gt, 0.7, 0.3, best_is_positive=True)
@@ -182,7 +206,13 @@ def test_matching_equals_torchvisions_matcher():
 
 @pytest.mark.parametrize(
     "positives, negatives, drawn",
-    [(300, 1000, (128, 128)), (10, 1000, (10, 246)), (0, 1000, (0, 256)), (300, 50, (128, 50)), (5, 5, (5, 5))],
+    [
+        (300, 1000, (128, 128)),
+        (10, 1000, (10, 246)),
+        (0, 1000, (0, 256)),
+        (300, 50, (128, 50)),
+        (5, 5, (5, 5)),
+    ],
 )
 def test_negatives_fill_the_batch(positives, negatives, drawn):
     labels = torch.cat((torch.ones(positives), torch.zeros(negatives), -torch.ones(100))).long()
@@ -277,7 +307,11 @@ def test_perfect_outputs_have_no_loss():
 
 def test_head_starts_small_and_gives_one_output_for_each_anchor():
     head = frcnn.RPNHead()
-    assert (head.conv.kernel_size, head.objectness.kernel_size, head.deltas.kernel_size) == ((3, 3), (1, 1), (1, 1))
+    assert (head.conv.kernel_size, head.objectness.kernel_size, head.deltas.kernel_size) == (
+        (3, 3),
+        (1, 1),
+        (1, 1),
+    )
     for conv in (head.conv, head.objectness, head.deltas):
         assert conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
         assert conv.bias.abs().max() == 0
@@ -299,7 +333,8 @@ def transparent_head(channel_of: dict[str, int]) -> frcnn.RPNHead:
 
 
 @pytest.mark.parametrize(
-    "level, row, column, ratio", [(0, 0, 0, 0), (0, 2, 4, 1), (0, 1, 3, 2), (1, 0, 2, 0), (1, 1, 1, 2)]
+    "level, row, column, ratio",
+    [(0, 0, 0, 0), (0, 2, 4, 1), (0, 1, 3, 2), (1, 0, 2, 0), (1, 1, 1, 2)],
 )
 def test_outputs_lie_in_the_order_of_the_anchors(level, row, column, ratio):
     maps = [torch.zeros(2, 2, 3, 5), torch.zeros(2, 2, 2, 3)]
@@ -338,7 +373,9 @@ def test_top_k_is_taken_level_by_level():
 def test_nms_is_done_level_by_level():
     anchors = torch.tensor([[0.0, 0, 100, 100], [0, 0, 100, 95], [0, 0, 100, 99]])
     logits = torch.tensor([3.0, 2.0, 1.0])
-    assert torch.equal(propose(make_rpn(), anchors, logits, [2, 1]), anchors[[0, 2]])  # 2 is on a level of its own
+    assert torch.equal(
+        propose(make_rpn(), anchors, logits, [2, 1]), anchors[[0, 2]]
+    )  # 2 is on a level of its own
     assert torch.equal(propose(make_rpn(), anchors, logits, [1, 2]), anchors[[0, 1]])
     assert torch.equal(propose(make_rpn(), anchors, logits, [3]), anchors[[0]])
 
@@ -346,7 +383,9 @@ def test_nms_is_done_level_by_level():
 def test_nms_keeps_images_apart():
     anchors, logits = torch.tensor([[0.0, 0, 100, 100]]), torch.tensor([[1.0], [2.0]])
     sizes = torch.tensor([[500, 500]] * 2)
-    assert [len(p) for p in make_rpn().propose(anchors, logits, torch.zeros(2, 1, 4), [1], sizes)] == [1, 1]
+    assert [
+        len(p) for p in make_rpn().propose(anchors, logits, torch.zeros(2, 1, 4), [1], sizes)
+    ] == [1, 1]
 
 
 def test_nms_threshold_is_the_one_given():
@@ -370,13 +409,19 @@ def test_two_limits_are_for_training_and_test(training, pre, post):
 
 def test_proposals_are_decoded_anchors():
     deltas = torch.tensor([[[0.5, 0, 0, math.log(2)]]])
-    proposals = propose(make_rpn(), torch.tensor([[10.0, 10, 30, 30]]), torch.zeros(1), [1], deltas=deltas)
+    proposals = propose(
+        make_rpn(), torch.tensor([[10.0, 10, 30, 30]]), torch.zeros(1), [1], deltas=deltas
+    )
     torch.testing.assert_close(proposals, torch.tensor([[20.0, 0, 40, 40]]), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("box, kept", [([0, 0, 16, 16], 1), ([0, 0, 15.9, 40], 0), ([0, 0, 40, 15.9], 0)])
+@pytest.mark.parametrize(
+    "box, kept", [([0, 0, 16, 16], 1), ([0, 0, 15.9, 40], 0), ([0, 0, 40, 15.9], 0)]
+)
 def test_small_proposals_are_dropped(box, kept):
-    assert len(propose(make_rpn(min_sz=16), torch.tensor([box]).float(), torch.zeros(1), [1])) == kept
+    assert (
+        len(propose(make_rpn(min_sz=16), torch.tensor([box]).float(), torch.zeros(1), [1])) == kept
+    )
 
 
 def test_smallness_is_judged_inside_the_image():
@@ -437,7 +482,9 @@ def test_forward_equals_torchvisions_rpn():
     head.conv[0][0].load_state_dict(rpn.head.conv.state_dict())
     head.cls_logits.load_state_dict(rpn.head.objectness.state_dict())
     head.bbox_pred.load_state_dict(rpn.head.deltas.state_dict())
-    its_anchors = tv.AnchorGenerator(tuple((s,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5)
+    its_anchors = tv.AnchorGenerator(
+        tuple((s,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5
+    )
     limits = [{"training": n, "testing": n} for n in (300, 100)]
     reference = tv.RegionProposalNetwork(its_anchors, head, 0.7, 0.3, 256, 0.5, *limits, 0.7).eval()
     sizes = [(128, 160), (100, 90)]
@@ -453,17 +500,24 @@ def test_losses_equal_torchvisions():
     """All anchors sampled, so that chance plays no part."""
     rpn, maps = whole_rpn(True)
     rpn.RPN_BATCH, rpn.POS_FRAC = 10**6, 1.0
-    targets = [{"boxes": torch.tensor([[10.0, 10, 60, 60], [30, 20, 120, 100]])}, {"boxes": torch.zeros(0, 4)}]
+    targets = [
+        {"boxes": torch.tensor([[10.0, 10, 60, 60], [30, 20, 120, 100]])},
+        {"boxes": torch.zeros(0, 4)},
+    ]
     anchors = rpn.anchor_gen(maps, (128, 160))
     logits, deltas = (torch.cat(outputs, dim=1) for outputs in rpn.head(maps))
     tv = torchvision.models.detection.rpn
-    reference = tv.RegionProposalNetwork(rpn.anchor_gen, rpn.head, 0.7, 0.3, 10**6, 1.0, {}, {}, 0.7)
+    reference = tv.RegionProposalNetwork(
+        rpn.anchor_gen, rpn.head, 0.7, 0.3, 10**6, 1.0, {}, {}, 0.7
+    )
     labels, matched = reference.assign_targets_to_anchors([anchors, anchors], targets)
     expected = [
         frcnn.encode_boxes(anchors, m) if len(t["boxes"]) else torch.zeros_like(anchors)
         for m, t in zip(matched, targets)
     ]
-    cls, box = reference.compute_loss(logits.reshape(-1, 1), deltas.reshape(-1, 4), labels, expected)
+    cls, box = reference.compute_loss(
+        logits.reshape(-1, 1), deltas.reshape(-1, 4), labels, expected
+    )
     mine = rpn.losses(anchors, logits, deltas, targets)
     torch.testing.assert_close(mine["rpn_cls"], cls, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mine["rpn_box"], box, atol=1e-6, rtol=1e-5)

@@ -28,7 +28,9 @@ def make_model(seed=0, **options):
 
 
 def make_loader(source="glyphs", max_samples=None, workers=0, **options):
-    dataset = frcnn.COCOStreamDataset("train", max_samples, str(source), SIZE, bbox_format="xyxy", **options)
+    dataset = frcnn.COCOStreamDataset(
+        "train", max_samples, str(source), SIZE, bbox_format="xyxy", **options
+    )
     return DataLoader(dataset, BATCH, num_workers=workers, collate_fn=frcnn.frcnn_collate_fn)
 
 
@@ -61,7 +63,9 @@ def test_history_has_every_step():
 
 def test_history_has_the_rate_each_step_was_made_with():
     history = frcnn.train(make_model(), make_loader(), 3, recipe=frcnn.step_decay)
-    assert history["lr"] == pytest.approx([0.02 * BATCH / 16 * factor for factor in (0.001, 1.0, 0.1)])
+    assert history["lr"] == pytest.approx(
+        [0.02 * BATCH / 16 * factor for factor in (0.001, 1.0, 0.1)]
+    )
 
 
 def test_same_seed_gives_the_same_weights():
@@ -151,7 +155,9 @@ def test_step_decay_warms_up_and_drops_twice():
     warm_up = values[:262]
     assert warm_up[0] == pytest.approx(0.02 * 1e-3)
     assert warm_up[-1] == pytest.approx(0.02)
-    assert [b - a for a, b in itertools.pairwise(warm_up)] == pytest.approx([0.02 * 0.999 / 261] * 261)
+    assert [b - a for a, b in itertools.pairwise(warm_up)] == pytest.approx(
+        [0.02 * 0.999 / 261] * 261
+    )
     assert values[261:1600] == pytest.approx([0.02] * 1339)
     assert values[1600:2200] == pytest.approx([0.002] * 600)
     assert values[2200:] == pytest.approx([0.0002] * 400)
@@ -167,7 +173,9 @@ def test_step_decay_warms_up_for_at_most_1000_steps():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"steps": -3}, {"save_every": 0}, {"amp": "fp8"}, {"amp": "fp16"}], ids=str
+    "bad",
+    [{"steps": 0}, {"steps": -3}, {"save_every": 0}, {"amp": "fp8"}, {"amp": "fp16"}],
+    ids=str,
 )
 def test_bad_argument_is_refused(bad):
     name = "CUDA" if bad.get("amp") == "fp16" else next(iter(bad))
@@ -198,7 +206,9 @@ def test_non_finite_loss_stops_and_leaves_the_weights(value, tmp_path):
         after_first.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
     path = tmp_path / "c.pt"
-    with pytest.raises(FloatingPointError, match=r"step 2\b.*roi_cls.*\[2, 3\]"):  # glyph scenes are called by seed
+    with pytest.raises(
+        FloatingPointError, match=r"step 2\b.*roi_cls.*\[2, 3\]"
+    ):  # glyph scenes are called by seed
         frcnn.train(model, make_loader(), 5, checkpoint_path=path, save_every=1, after_step=keep)
     assert_same_weights(dict(model.named_parameters()), after_first)
     assert frcnn.load_checkpoint(path, make_model())[1]["step"] == 1
@@ -230,7 +240,9 @@ def trained(tmp_path_factory):
 
 def test_checkpoint_gives_back_the_weights(trained):
     model, state = frcnn.load_checkpoint(trained[0])
-    assert_same_weights({name: value.cpu() for name, value in model.state_dict().items()}, trained[1])
+    assert_same_weights(
+        {name: value.cpu() for name, value in model.state_dict().items()}, trained[1]
+    )
     assert model.name == "tiny"
     assert state["step"] == 2
     assert state["run"] == {"steps": 2, "batch": BATCH, "amp": "off", "processes": 1, "seed": 0}
@@ -243,8 +255,12 @@ def test_checkpoint_needs_no_code_to_load(trained):
 @pytest.mark.parametrize(("save_every", "saved"), [(2, [2, 4, 5]), (5, [5]), (100, [5])])
 def test_checkpoint_every_so_often_and_at_the_end(save_every, saved, monkeypatch, tmp_path):
     steps = []
-    monkeypatch.setattr(frcnn, "save_checkpoint", lambda path, model, **state: steps.append(state["step"]))
-    frcnn.train(make_model(), make_loader(), 5, checkpoint_path=tmp_path / "c.pt", save_every=save_every)
+    monkeypatch.setattr(
+        frcnn, "save_checkpoint", lambda path, model, **state: steps.append(state["step"])
+    )
+    frcnn.train(
+        make_model(), make_loader(), 5, checkpoint_path=tmp_path / "c.pt", save_every=save_every
+    )
     assert steps == saved
 
 
@@ -316,7 +332,9 @@ def test_foreign_file_is_refused(content, tmp_path):
         frcnn.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("content", [[1], {}, {"model": {}}, {"model_name": "tiny", "model": 3}], ids=str)
+@pytest.mark.parametrize(
+    "content", [[1], {}, {"model": {}}, {"model_name": "tiny", "model": 3}], ids=str
+)
 def test_foreign_content_is_refused(content, tmp_path):
     path = tmp_path / "c.pt"
     torch.save(content, path)
@@ -339,7 +357,9 @@ def test_unknown_model_name_is_refused(tmp_path):
 
 def test_checkpoint_of_another_shape_says_what_differs(tmp_path):
     frcnn.save_checkpoint(tmp_path / "c.pt", make_model(num_classes=5))
-    with pytest.raises(ValueError, match=r"in 4 entries: predictor\.box\.bias is \[20\] and not \[324\]"):
+    with pytest.raises(
+        ValueError, match=r"in 4 entries: predictor\.box\.bias is \[20\] and not \[324\]"
+    ):
         frcnn.load_checkpoint(tmp_path / "c.pt")
 
 
@@ -362,8 +382,12 @@ def two_shards(coco_tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_shards")
     table = pyarrow.parquet.read_table(coco_tiny / "train-00000-of-00001.parquet")
     for i in range(2):
-        pyarrow.parquet.write_table(table.slice(3 * i, 3), folder / f"train-0000{i}-of-00002.parquet")
-    with pytest.MonkeyPatch.context() as patch:  # `datasets` waits 5 s at the end of a shuffled pass over shards
+        pyarrow.parquet.write_table(
+            table.slice(3 * i, 3), folder / f"train-0000{i}-of-00002.parquet"
+        )
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # `datasets` waits 5 s at the end of a shuffled pass over shards
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
         yield folder
 
@@ -399,12 +423,16 @@ def uninterrupted(run):
 
 # An epoch of 6 images ends after step 3, and with two workers, whose last batches are of one image, after step 4.
 @pytest.mark.parametrize("stops", [(3,), (4,), (1, 2, 5)], ids=str)
-@pytest.mark.parametrize(("source", "workers"), [("glyphs", 0), ("glyphs", 2), ("coco", 0), ("coco", 2), ("shards", 2)])
+@pytest.mark.parametrize(
+    ("source", "workers"), [("glyphs", 0), ("glyphs", 2), ("coco", 0), ("coco", 2), ("shards", 2)]
+)
 def test_resume_is_exact(source, workers, stops, run, uninterrupted, tmp_path):
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
             run(source, workers, tmp_path / "c.pt", stop)
-    history, model, generator = run(source, workers, tmp_path / "c.pt", seed=99)  # all comes from the file
+    history, model, generator = run(
+        source, workers, tmp_path / "c.pt", seed=99
+    )  # all comes from the file
     expected_history, expected_model, expected_generator = uninterrupted(source, workers)
     assert history == expected_history
     assert_same_weights(model, expected_model)
@@ -422,7 +450,9 @@ def test_resume_of_a_finished_run_changes_nothing(trained, tmp_path):
     path = tmp_path / "c.pt"
     path.write_bytes(trained[0].read_bytes())
     model = make_model(99)
-    history = frcnn.train(model, make_loader(), 2, checkpoint_path=path, resume=True, run={"seed": 0})
+    history = frcnn.train(
+        model, make_loader(), 2, checkpoint_path=path, resume=True, run={"seed": 0}
+    )
     assert history["step"] == [1, 2]
     assert_same_weights(weights(model), trained[1])
     assert path.read_bytes() == trained[0].read_bytes()
@@ -450,7 +480,9 @@ def test_resume_with_other_settings_is_refused(changed, said, trained, tmp_path)
 def test_resume_with_another_batch_is_refused(trained):
     loader = DataLoader(make_loader().dataset, 3, collate_fn=frcnn.frcnn_collate_fn)
     with pytest.raises(ValueError, match=r"batch 2 \(now 3\)"):
-        frcnn.train(make_model(), loader, 2, checkpoint_path=trained[0], resume=True, run={"seed": 0})
+        frcnn.train(
+            make_model(), loader, 2, checkpoint_path=trained[0], resume=True, run={"seed": 0}
+        )
 
 
 def test_resume_from_bare_weights_is_refused(tmp_path):
@@ -497,9 +529,14 @@ while not (folder / f"ready-{other}").exists():
 print(float(sum(p.double().sum() for p in frcnn.tiny_detector().state_dict().values())))
 """
     command = [sys.executable, "-c", code, str(tmp_path)]
-    environment = os.environ | {"FRCNN_CHECKPOINTS": str(tmp_path / "checkpoints"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "FRCNN_CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     processes = [
-        subprocess.Popen([*command, *pair], stdout=subprocess.PIPE, cwd=tmp_path, env=environment, text=True)
+        subprocess.Popen(
+            [*command, *pair], stdout=subprocess.PIPE, cwd=tmp_path, env=environment, text=True
+        )
         for pair in (("a", "b"), ("b", "a"))
     ]
     sums = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]

@@ -94,7 +94,11 @@ def no_weights(said, capsys, monkeypatch):
 def loss_not_finite(said, capsys, monkeypatch):
     model = frcnn.tiny_faster_rcnn()
     torch.nn.init.constant_(next(model.predictor.parameters()), torch.inf)
-    loader = DataLoader(frcnn.COCOStreamDataset(source="glyphs", image_size=64), 2, collate_fn=frcnn.frcnn_collate_fn)
+    loader = DataLoader(
+        frcnn.COCOStreamDataset(source="glyphs", image_size=64),
+        2,
+        collate_fn=frcnn.frcnn_collate_fn,
+    )
     with pytest.raises(FloatingPointError) as stopped:
         frcnn.train(model, loader, 1)
     return str(stopped.value)
@@ -127,9 +131,13 @@ def test_every_message_of_the_table_is_provoked():
 
 
 @pytest.mark.parametrize(
-    ("message", "trigger"), zip(MESSAGES, TRIGGERS, strict=False), ids=lambda x: x.__name__ if callable(x) else ""
+    ("message", "trigger"),
+    zip(MESSAGES, TRIGGERS, strict=False),
+    ids=lambda x: x.__name__ if callable(x) else "",
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="paths are written with a slash")
 def test_the_code_says_it_as_the_table_does(message, trigger, said, capsys, monkeypatch):
     pattern = ".+".join(re.escape(part) for part in message.split("…"))
-    assert re.search(rf"(^|frcnn_common: error: ){pattern}$", trigger(said, capsys, monkeypatch), re.MULTILINE)
+    assert re.search(
+        rf"(^|frcnn_common: error: ){pattern}$", trigger(said, capsys, monkeypatch), re.MULTILINE
+    )

@@ -32,7 +32,9 @@ def definitions(name: str) -> types.SimpleNamespace:
         for statement in ast.parse(cell.source).body:
             kinds = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef
             if isinstance(statement, kinds) or is_literal(statement):
-                with contextlib.suppress(NameError):  # its default value is a result: it cannot stand alone
+                with contextlib.suppress(
+                    NameError
+                ):  # its default value is a result: it cannot stand alone
                     exec(compile(ast.Module([statement], []), name, "exec"), found)
     return types.SimpleNamespace(**found)
 
@@ -72,7 +74,9 @@ def test_formats_flips_and_sizes(lesson):
 def test_iou(lesson):
     a, b = torch.cat((boxes(40), torch.zeros(1, 4))), boxes(30)
     assert_close(lesson["01"].iou_matrix(a, b), frcnn.box_iou(a, b))
-    assert_close(lesson["01"].iou_by_hand(a[0].tolist(), b[0].tolist()), frcnn.box_iou(a, b)[0, 0].item())
+    assert_close(
+        lesson["01"].iou_by_hand(a[0].tolist(), b[0].tolist()), frcnn.box_iou(a, b)[0, 0].item()
+    )
 
 
 @pytest.mark.parametrize("notebook", ["01", "03"])
@@ -99,12 +103,16 @@ def test_labels_of_anchors(objects, lesson):
 
 def test_the_target_generator_is_made_of_the_modules_parts(lesson):
     anchors, gt = boxes(500), boxes(5)
-    labels, matched, deltas = lesson["01"].AnchorTargetGenerator()(anchors, gt, torch.Generator().manual_seed(3))
+    labels, matched, deltas = lesson["01"].AnchorTargetGenerator()(
+        anchors, gt, torch.Generator().manual_seed(3)
+    )
     every, expected_match = frcnn.match_boxes(anchors, gt, 0.7, 0.3, best_is_positive=True)
     positives, negatives = frcnn.sample_boxes(every, 256, 0.5, torch.Generator().manual_seed(3))
     assert sorted((labels == 1).nonzero()[:, 0].tolist()) == sorted(positives.tolist())
     assert sorted((labels == 0).nonzero()[:, 0].tolist()) == sorted(negatives.tolist())
-    assert_close(deltas[positives], frcnn.encode_boxes(anchors[positives], gt[expected_match[positives]]))
+    assert_close(
+        deltas[positives], frcnn.encode_boxes(anchors[positives], gt[expected_match[positives]])
+    )
     assert torch.equal(matched, expected_match)
 
 
@@ -119,7 +127,9 @@ def same_weights(theirs, ours):
 
 
 def test_bottleneck(lesson):
-    by_hand, ours = same_weights(lesson["02"].HandBottleneck(64, 16, stride=1), frcnn.Bottleneck(64, 16, stride=1))
+    by_hand, ours = same_weights(
+        lesson["02"].HandBottleneck(64, 16, stride=1), frcnn.Bottleneck(64, 16, stride=1)
+    )
     x = torch.randn(2, 64, 15, 17)
     assert_close(by_hand(x), ours(x))
 
@@ -138,7 +148,9 @@ def test_backbone_and_pyramid(lesson):
 
 def test_frozen_batch_norm(lesson):
     by_hand, ours = lesson["02"].HandFrozenBatchNorm(8), frcnn.FrozenBatchNorm2d(8)
-    statistics = {name: torch.rand(8) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")}
+    statistics = {
+        name: torch.rand(8) + 0.5 for name in ("weight", "bias", "running_mean", "running_var")
+    }
     for norm in (by_hand, ours):
         norm.load_state_dict(statistics)
     x = torch.randn(2, 8, 5, 5)
@@ -148,12 +160,16 @@ def test_frozen_batch_norm(lesson):
 # --- 03: anchors, head, proposals, losses ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"offset": 0.0, "strides": None, "inverse_ratios": True, "rounded": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"offset": 0.0, "strides": None, "inverse_ratios": True, "rounded": True}]
+)
 @pytest.mark.parametrize("size", [(128, 128), (96, 160), (250, 333)])
 def test_anchors(size, options, lesson):
     grids = lesson["03"].pyramid_grids(*size)
     maps = [torch.zeros(1, 1, *grid) for grid in grids]
-    expected = frcnn.AnchorGenerator(**({"anchor_sizes": SIZES, "strides": STRIDES} | options))(maps, size)
+    expected = frcnn.AnchorGenerator(**({"anchor_sizes": SIZES, "strides": STRIDES} | options))(
+        maps, size
+    )
     options = {"strides": STRIDES} | options
     assert_close(lesson["03"].pyramid_anchors(grids, size, SIZES, **options), expected)
 
@@ -170,14 +186,19 @@ def test_rpn_head(lesson):
 @pytest.mark.parametrize("count", [0, 1, 300])
 def test_nms(name, count, lesson):
     found, scores = boxes(count), torch.rand(count).round(decimals=1)  # with ties
-    assert torch.equal(getattr(lesson["03"], name)(found, scores, 0.5), frcnn.nms(found, scores, 0.5))
+    assert torch.equal(
+        getattr(lesson["03"], name)(found, scores, 0.5), frcnn.nms(found, scores, 0.5)
+    )
 
 
 def test_proposals_and_losses_of_the_rpn(lesson):
     model = frcnn.tiny_faster_rcnn()
     maps = [torch.randn(1, 64, side, side) for side in (32, 16, 8, 4, 2)]
     logits, deltas = (torch.cat(levels, dim=1) for levels in model.rpn.head(maps))
-    deltas, counts = deltas + 0.2 * torch.randn_like(deltas), [3 * side**2 for side in (32, 16, 8, 4, 2)]
+    deltas, counts = (
+        deltas + 0.2 * torch.randn_like(deltas),
+        [3 * side**2 for side in (32, 16, 8, 4, 2)],
+    )
     anchors = model.rpn.anchor_gen(maps, (128, 128))
     rpn = model.rpn.eval()
     expected = rpn.propose(anchors, logits, deltas, counts, torch.tensor([[128, 128]]))[0]
@@ -195,7 +216,9 @@ def test_proposals_and_losses_of_the_rpn(lesson):
     labels, matched = frcnn.match_boxes(anchors, gt, 0.7, 0.3, best_is_positive=True)
     sampled, positive = labels >= 0, labels == 1
     targets = frcnn.encode_boxes(anchors[positive], gt[matched[positive]])
-    by_hand = lesson["03"].rpn_losses(logits[0, sampled], labels[sampled], deltas[0, positive], targets)
+    by_hand = lesson["03"].rpn_losses(
+        logits[0, sampled], labels[sampled], deltas[0, positive], targets
+    )
     assert_close(by_hand, expected)
 
 
@@ -205,7 +228,9 @@ def test_proposals_and_losses_of_the_rpn(lesson):
 def test_levels(lesson):
     sizes = boxes(500, side=900)
     assert torch.equal(lesson["04"].assign_levels(sizes), frcnn.ROIAlign().assign_levels(sizes))
-    assert [lesson["04"].level_of(box) - 2 for box in sizes.tolist()] == frcnn.ROIAlign().assign_levels(sizes).tolist()
+    assert [
+        lesson["04"].level_of(box) - 2 for box in sizes.tolist()
+    ] == frcnn.ROIAlign().assign_levels(sizes).tolist()
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -213,7 +238,9 @@ def test_roi_align(aligned, lesson):
     maps = [torch.randn(1, 5, side, side) for side in (32, 16, 8, 4)]
     rois = boxes(12)
     expected = frcnn.ROIAlign(k0=5, aligned=aligned)(maps, [rois], (128, 128))
-    assert_close(lesson["04"].pool_pyramid(maps, rois, k0=5, aligned=aligned), expected, atol=1e-5, rtol=1e-5)
+    assert_close(
+        lesson["04"].pool_pyramid(maps, rois, k0=5, aligned=aligned), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_roi_align_as_one_sum(lesson):
@@ -243,18 +270,26 @@ def test_sampled_proposals_and_losses_of_the_roi_head(objects, lesson):
     model = frcnn.tiny_faster_rcnn()
     target = {"boxes": boxes(objects), "labels": torch.arange(objects) + 1, "image_id": 0}
     proposals = torch.cat((boxes(40), target["boxes"] + 1))
-    model.ROI_BATCH, model.ROI_POS_FRAC = 10**6, 1.0  # everything: the order is all that chance leaves
+    model.ROI_BATCH, model.ROI_POS_FRAC = (
+        10**6,
+        1.0,
+    )  # everything: the order is all that chance leaves
     sampled, labels, expected = model.sample_proposals([proposals], [target])
     by_hand = lesson["04"].sample_rois(proposals, target, 10**6, 1.0, weights=model.box_weights)
 
     def in_order(rows):
-        table = torch.cat((rows[0], rows[1][:, None], rows[2] * (rows[1] > 0)[:, None]), dim=1)  # [S, 9]
+        table = torch.cat(
+            (rows[0], rows[1][:, None], rows[2] * (rows[1] > 0)[:, None]), dim=1
+        )  # [S, 9]
         return sorted(table.tolist())
 
-    assert_close(torch.tensor(in_order(by_hand)), torch.tensor(in_order((sampled[0], labels, expected))))
+    assert_close(
+        torch.tensor(in_order(by_hand)), torch.tensor(in_order((sampled[0], labels, expected)))
+    )
     logits, deltas = torch.randn(len(labels), 81), torch.randn(len(labels), 81, 4)
     assert_close(
-        lesson["04"].roi_losses(logits, deltas, labels, expected), model.losses(logits, deltas, labels, expected)
+        lesson["04"].roi_losses(logits, deltas, labels, expected),
+        model.losses(logits, deltas, labels, expected),
     )
 
 
@@ -264,13 +299,18 @@ def test_sampled_proposals_and_losses_of_the_roi_head(objects, lesson):
 def test_the_walkthroughs_arrays_are_the_modules_anchors(lesson):
     walk = lesson["an"]
     assert_close(
-        walk.generate_anchors(32, (0.5, 1, 2), (1, 1.5)), walk.generate_anchors_loop(32, (0.5, 1, 2), (1, 1.5))
+        walk.generate_anchors(32, (0.5, 1, 2), (1, 1.5)),
+        walk.generate_anchors_loop(32, (0.5, 1, 2), (1, 1.5)),
     )
-    ours = frcnn.AnchorGenerator((32,), (0.5, 1, 2), (8,), inverse_ratios=True)  # it means height / width
+    ours = frcnn.AnchorGenerator(
+        (32,), (0.5, 1, 2), (8,), inverse_ratios=True
+    )  # it means height / width
     expected = ours([torch.zeros(1, 1, 5, 7)], (40, 56))
     found = walk.shift((5, 7), 8, walk.generate_anchors(32, (0.5, 1, 2), (1,)))
     assert_close(torch.from_numpy(found).float(), expected)
     pyramid = walk.Anchors(ratios=(0.5, 1, 2), scales=(1,))
     maps = [torch.zeros(1, 1, -(-100 // s), -(-150 // s)) for s in (8, 16, 32, 64, 128)]
-    ours = frcnn.AnchorGenerator((32, 64, 128, 256, 512), (0.5, 1, 2), (8, 16, 32, 64, 128), inverse_ratios=True)
+    ours = frcnn.AnchorGenerator(
+        (32, 64, 128, 256, 512), (0.5, 1, 2), (8, 16, 32, 64, 128), inverse_ratios=True
+    )
     assert_close(pyramid.forward(torch.zeros(1, 3, 100, 150))[0].cpu(), ours(maps, (100, 150)))

@@ -67,7 +67,9 @@ def image_batch(size: tuple[int, int]) -> tuple[torch.Tensor, list[tuple[int, in
     height, width = size
     small = (height - 32, width - 48)
     coarse = torch.randn(2, 3, height // 16, width // 16)
-    images = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic") + 0.2 * torch.randn(2, 3, *size)
+    images = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic") + 0.2 * torch.randn(
+        2, 3, *size
+    )
     images[1, :, small[0] :] = 0
     images[1, :, :, small[1] :] = 0
     return (images, [size, small]) if height < 800 else (images[1:], [small])
@@ -81,7 +83,9 @@ def outputs(request, pair):
     with torch.no_grad():
         their_maps = theirs.backbone(images)
         their_proposals, _ = theirs.rpn(ImageList(images, sizes), their_maps)
-        their_anchors = theirs.rpn.anchor_generator(ImageList(images, sizes), list(their_maps.values()))[0]
+        their_anchors = theirs.rpn.anchor_generator(
+            ImageList(images, sizes), list(their_maps.values())
+        )[0]
         their_results, _ = theirs.roi_heads(their_maps, their_proposals, sizes)
         our_maps = ours.fpn(ours.backbone(images))
         our_anchors = ours.rpn.anchor_gen(our_maps, request.param)
@@ -158,7 +162,9 @@ def test_losses_are_torchvisions(size, everything_sampled):
     theirs, ours = everything_sampled
     images, sizes = image_batch(size)
     height, width = sizes[-1]
-    boxes = torch.tensor([[10.0, 20, 90, 120], [60, 40, width - 20, height - 30], [100, 100, 118, 121]])
+    boxes = torch.tensor(
+        [[10.0, 20, 90, 120], [60, 40, width - 20, height - 30], [100, 100, 118, 121]]
+    )
     labels = torch.tensor([1, 17, 80])
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     targets = [{"boxes": boxes, "labels": labels}, nothing][: len(images)]
@@ -201,7 +207,12 @@ def test_an_image_goes_in_as_torchvision_prepares_it(pair):
 
 @pytest.mark.parametrize(
     ("picture", "size"),
-    [((640, 480), (800, 1066)[::-1]), ((480, 640), (1066, 800)[::-1]), ((20000, 1), (1333, 1)), ((1, 1), (800, 800))],
+    [
+        ((640, 480), (800, 1066)[::-1]),
+        ((480, 640), (1066, 800)[::-1]),
+        ((20000, 1), (1333, 1)),
+        ((1, 1), (800, 800)),
+    ],
 )
 def test_short_side_800_long_side_at_most_1333(picture, size):
     pixels, (height, width) = frcnn.prepare_image(frcnn.PIL.Image.new("RGB", picture), (800, 1333))
@@ -212,7 +223,10 @@ def test_short_side_800_long_side_at_most_1333(picture, size):
 
 
 def test_images_of_different_sizes_share_a_batch():
-    samples = [(torch.ones(3, 64, 96), {"size": (60, 90)}), (torch.ones(3, 96, 32), {"size": (96, 32)})]
+    samples = [
+        (torch.ones(3, 64, 96), {"size": (60, 90)}),
+        (torch.ones(3, 96, 32), {"size": (96, 32)}),
+    ]
     images, targets = frcnn.frcnn_collate_fn(samples)
     assert images.shape == (2, 3, 96, 96)
     assert images[0, 0].sum() == 64 * 96
@@ -225,7 +239,10 @@ def test_images_of_different_sizes_share_a_batch():
 
 def test_old_names_of_the_published_file_are_known(pair):
     theirs, ours = pair
-    old = {k.replace("_blocks.0.0", "_blocks.0").replace("conv.0.0", "conv"): v for k, v in theirs.state_dict().items()}
+    old = {
+        k.replace("_blocks.0.0", "_blocks.0").replace("conv.0.0", "conv"): v
+        for k, v in theirs.state_dict().items()
+    }
     assert "rpn.head.conv.weight" in old
     assert "backbone.fpn.inner_blocks.0.weight" in old
     other = frcnn.coco_faster_rcnn()
@@ -241,13 +258,19 @@ def broken(state: dict, how: str) -> tuple[dict, str]:
         }, "layer3.2.bn1.running_var is missing"
     if how == "extra":
         return state | {"layer5.weight": torch.zeros(1)}, "layer5.weight is unknown"
-    return state | {"layer1.0.conv1.weight": torch.zeros(2, 2)}, r"layer1.0.conv1.weight is \[2, 2\] and not \[64, 64"
+    return state | {
+        "layer1.0.conv1.weight": torch.zeros(2, 2)
+    }, r"layer1.0.conv1.weight is \[2, 2\] and not \[64, 64"
 
 
 @pytest.mark.parametrize("how", ["missing", "extra", "mis-shaped"])
 @pytest.mark.parametrize("file", ["imagenet", "coco"])
 def test_an_entry_that_does_not_fit_is_named(file, how, pair):
-    imagenet = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if not k.startswith("fc.")}
+    imagenet = {
+        k: v
+        for k, v in torchvision.models.resnet50().state_dict().items()
+        if not k.startswith("fc.")
+    }
     model = frcnn.coco_faster_rcnn()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     if file == "imagenet":
@@ -255,11 +278,17 @@ def test_an_entry_that_does_not_fit_is_named(file, how, pair):
         with pytest.raises(ValueError, match=said):
             frcnn.load_imagenet_backbone(model, state)
     else:
-        body = {k.removeprefix("backbone.body."): v for k, v in pair[0].state_dict().items() if "backbone.body" in k}
+        body = {
+            k.removeprefix("backbone.body."): v
+            for k, v in pair[0].state_dict().items()
+            if "backbone.body" in k
+        }
         rest = {k: v for k, v in pair[0].state_dict().items() if "backbone.body" not in k}
         body, said = broken(body, how)
         with pytest.raises(ValueError, match=said):
-            frcnn.load_coco_weights(model, rest | {f"backbone.body.{k}": v for k, v in body.items()})
+            frcnn.load_coco_weights(
+                model, rest | {f"backbone.body.{k}": v for k, v in body.items()}
+            )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key  # all or nothing
 
@@ -276,10 +305,14 @@ def test_imagenet_weights_give_torchvisions_features():
     with torch.no_grad():
         expected = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
         for stage, found in zip(
-            (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), ours.backbone(x), strict=True
+            (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4),
+            ours.backbone(x),
+            strict=True,
         ):
             expected = stage(expected)
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+            torch.testing.assert_close(
+                found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())
+            )
 
 
 def test_loaded_weights_end_the_warning_of_random_frozen_layers(recwarn):
@@ -297,7 +330,9 @@ def test_loaded_weights_end_the_warning_of_random_frozen_layers(recwarn):
     ],
     ids=["imagenet", "coco"],
 )
-def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it(load, weights, monkeypatch, tmp_path):
+def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it(
+    load, weights, monkeypatch, tmp_path
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(frcnn, "_answers", lambda ask: False)
     model = frcnn.coco_faster_rcnn()
@@ -312,7 +347,12 @@ def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it
 def test_a_file_in_the_folder_is_taken_without_a_network(monkeypatch, tmp_path, pair):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(frcnn, "_answers", lambda ask: pytest.fail("the network was asked"))
-    file = tmp_path / "hub" / "checkpoints" / FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url.split("/")[-1]
+    file = (
+        tmp_path
+        / "hub"
+        / "checkpoints"
+        / FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url.split("/")[-1]
+    )
     file.parent.mkdir(parents=True)
     torch.save(pair[0].state_dict(), file)
     model = frcnn.coco_faster_rcnn()
@@ -337,10 +377,13 @@ def test_the_81_outputs_are_those_of_coco(pair):
     assert frcnn.COCO_NAMES[frcnn.COCO_CATEGORY_IDS.index(cat)] == "cat"
     assert FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][cat] == "cat"
     label = frcnn.COCO_CATEGORY_IDS.index(cat)
-    assert torch.equal(ours.predictor.cls.weight[label], theirs.roi_heads.box_predictor.cls_score.weight[cat])
+    assert torch.equal(
+        ours.predictor.cls.weight[label], theirs.roi_heads.box_predictor.cls_score.weight[cat]
+    )
     rows = slice(4 * cat, 4 * cat + 4)
     assert torch.equal(
-        ours.predictor.box.weight[4 * label : 4 * label + 4], theirs.roi_heads.box_predictor.bbox_pred.weight[rows]
+        ours.predictor.box.weight[4 * label : 4 * label + 4],
+        theirs.roi_heads.box_predictor.bbox_pred.weight[rows],
     )
 
 
