@@ -2334,7 +2334,8 @@ def train(
             if rank == 0:
                 save_checkpoint(checkpoint_path, model, **state)
         if after_step:
-            after_step(step, history)
+            with torch.random.fork_rng():  # whoever watches may draw, the run goes on as if nobody had
+                after_step(step, history)
             model.train()
     _say_what_was_left_out(loader.dataset)
     return history

@@ -85,6 +85,20 @@ def test_training_goes_on_in_train_mode_after_an_evaluation():
     assert modes == [True, True, True]
 
 
+def test_who_watches_does_not_change_the_run():
+    scenes = frcnn.COCOStreamDataset("val", 2, "glyphs", SIZE)
+
+    def watch(step, history):
+        frcnn.evaluate(model, scenes)  # its loader draws a seed for its workers
+        torch.rand(step)
+
+    model = make_model()
+    alone, end = frcnn.train(model, make_loader(), 3), weights(model)
+    model = make_model()
+    assert frcnn.train(model, make_loader(), 3, after_step=watch) == alone
+    assert_same_weights(weights(model), end)
+
+
 @pytest.mark.parametrize("recipe", [frcnn.one_cycle, frcnn.step_decay])
 def test_optimizer_has_only_learning_parameters(recipe):
     model = make_model()
