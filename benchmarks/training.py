@@ -1,7 +1,7 @@
-"""Training of the tiny detector against the same detector assembled from torchvision's parts, on the same glyph scenes.
+"""Training of the tiny detector against one assembled from torchvision's parts, on the same scenes.
 
-Both have the same widths, anchors, proposal and sampling counts, input, batch and recipe. Run it with
-``python benchmarks/training.py``; the ratio of the two times is what carries over to another machine.
+Both have the same widths, anchors, proposal and sampling counts, input, batch and recipe. Run it
+with ``python benchmarks/training.py``; the ratio of the two times carries over to other machines.
 """
 
 from __future__ import annotations
@@ -141,6 +141,12 @@ def timed_run(model: nn.Module, steps: int, val_scenes: int) -> dict[str, float]
     return {"steps": steps, "seconds": seconds, "AP": figures["AP"], "AP50": figures["AP50"]}
 
 
+def spread(values: list[float], places: int) -> str:
+    """Median, lowest and highest."""
+    middle, low, high = (f"{f(values):.{places}f}" for f in (statistics.median, min, max))
+    return f"median {middle}, {low} to {high}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=frcnn.TINY_STEPS, help="of our detector")
@@ -164,15 +170,11 @@ def main() -> None:
     for name, runs in (("ours", ours), ("torchvision", theirs)):
         for key in ("seconds", "AP", "AP50") if runs else ():
             values = [run[key] for run in runs]
-            print(
-                f"{name}: {key} median {statistics.median(values):.3f}, {min(values):.3f} to {max(values):.3f}"
-            )
+            print(f"{name}: {key} {spread(values, 3)}")
     if theirs:
         keep({"training": {"ours": ours, "torchvision": theirs}})
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(ours, theirs, strict=True)]
-        print(
-            f"time, ours / torchvision: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}"
-        )
+        print(f"time, ours / torchvision: {spread(ratios, 2)}")
 
 
 if __name__ == "__main__":
