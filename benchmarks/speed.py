@@ -1,8 +1,8 @@
 """Speed against torchvision: operators, the whole detector, its stages, its input, its growth.
 
 Both sides have the same weights, inputs and proposals, and take turns in one process; every figure
-is a median. ``python benchmarks/speed.py`` prints a table and writes ``results.json`` beside this file
-and ``figures/benchmark.png``.
+is a median. ``python benchmarks/speed.py`` prints a table, and writes ``results.json`` beside this
+file and ``figures/benchmark.png``.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def peak_megabytes(side: str) -> float:
 
 
 def stages(runs: int) -> dict[str, dict[str, float]]:
-    """Seconds of each stage of our inference, batch 2, and its share of the best convolution's rate."""
+    """Seconds of each stage of our inference, batch 2, and its share of the best rate there is."""
     _, ours = detectors()
     ours.eval()
     images = torch.randn(2, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
