@@ -1635,13 +1635,12 @@ def train(
     run = {"steps": steps, "batch": batch, "amp": amp, "processes": world} | (run or {})
     history, stream, generators = _begin(path, resume, model, parts, run, loader.dataset)
 
-    replica = over_processes(model)
+    replica = over_processes(model.train())
     batches = _batches(loader, stream, generators)
     done = len(history["step"])
     options = {"unit": "step", "mininterval": 1.0, "disable": rank > 0}
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, **options)
     for step in bar:
-        model.train()  # who watched may have left it in another mode
         figures = {"step": step, "lr": schedule.get_last_lr()[0]}
         figures |= _train_step(replica, next(batches), optimizer, scaler, clip_norm, amp, step)
         schedule.step()
@@ -1651,8 +1650,9 @@ def train(
         if path and (step % save_every == 0 or step == steps):
             _save_run(path, model, parts, run, history, stream)
         if after_step:
-            with torch.random.fork_rng():  # whoever watches may draw, and changes nothing
+            with _forked_rng(_device(model)):  # whoever watches may draw, and changes nothing
                 after_step(step, history)
+            model.train()
     report_left_out(loader.dataset)
     return history
 
@@ -1697,6 +1697,11 @@ def _check_finite(figure: float, losses: dict, targets: list[dict], step: int) -
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters(), torch.zeros(0)).device
+
+
+def _forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, random numbers may be drawn; outside, nobody notices."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _on_device(target: dict, device: torch.device) -> dict:
@@ -1869,7 +1874,7 @@ def tiny_detector() -> FasterRCNN:
 
 
 def _trained_tiny_detector(path: Path | None) -> FasterRCNN:
-    with torch.random.fork_rng():  # the caller's random numbers are what they are with a file
+    with _forked_rng(DEVICE):  # the caller's random numbers are what they are with a file
         torch.manual_seed(0)
         model = tiny_faster_rcnn().to(DEVICE)
         dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
