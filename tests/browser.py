@@ -136,7 +136,7 @@ def have_widths(browser) -> bool:
 
 
 def assert_formulas_are_drawn(browser) -> None:
-    WebDriverWait(browser, 20).until(have_widths)  # a deck sets a slide anew when it comes
+    WebDriverWait(browser, 60).until(have_widths)  # a deck sets a slide anew when it comes
     fonts = fonts_of_formulas(browser)
     assert len(fonts) >= len(browser.execute_script(FORMULAS))
     assert {font["familyName"].split()[0] for font in fonts} == {"STIX"}
