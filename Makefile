@@ -17,7 +17,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
-	@$(PY) build_site.py fetch || echo "reveal.js could not be downloaded; make slides will try again"
 	@touch $@
 
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks

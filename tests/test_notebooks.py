@@ -78,7 +78,11 @@ def test_opens_and_closes_as_the_others_do(notebook):
         cell for cell in code_cells(notebook) if "hide-cell" in cell.metadata.get("tags", [])
     ]
     assert len(solutions) >= 3
-    assert all(cell.metadata["jupyter"]["source_hidden"] for cell in solutions)
+    for number, cell in enumerate(solutions, 1):
+        # folded, JupyterLab shows the first line of a cell: it must not be the answer
+        first = cell.source.splitlines()[0]
+        assert first == f"# Solution to exercise {number} (unfold to read)"
+        assert cell.metadata["jupyter"] == {"outputs_hidden": True, "source_hidden": True}
 
 
 def test_every_picture_is_described(notebook):
