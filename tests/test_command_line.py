@@ -807,7 +807,7 @@ def test_every_message_of_the_table_is_provoked():
 
 @pytest.mark.parametrize(
     ("message", "trigger"),
-    zip(MESSAGES, TRIGGERS, strict=False),
+    list(zip(MESSAGES, TRIGGERS, strict=False)),
     ids=lambda x: x.__name__ if callable(x) else "",
 )
 @pytest.mark.skipif(sys.platform == "win32", reason="paths are written with a slash")
