@@ -1,34 +1,679 @@
-"""Hostile data: a sample is served as promised, or skipped by name and counted, or ends with one clear error."""
+"""Where rows come from: glyph scenes, the Hub, folders of shards, pictures of every kind.
 
+Hostile data: a sample is served as promised, or skipped by name and counted, or the stream ends
+with one clear error.
+"""
+
+import functools
 import io
 import itertools
 import json
+import os
 import re
+import struct
+import subprocess
+import sys
+import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import GOOD, NAN, SCHEMA, encoded, image_ids, pixels, row, stream, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import SCHEMA, encoded, row, stream, write
 from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
 
+# --- glyph scenes ---------------------------------------------------------------------------------
+
+
+def test_render_glyph_scene_follows_from_its_seed():
+    assert frcnn.render_glyph_scene(5, 96) == frcnn.render_glyph_scene(5, 96)
+    assert frcnn.render_glyph_scene(5, 96)["image"] != frcnn.render_glyph_scene(6, 96)["image"]
+
+
+def test_scenes_hold_one_to_five_objects_of_all_eight_categories():
+    scenes = [frcnn.render_glyph_scene(seed, 96)["objects"]["category"] for seed in range(120)]
+    assert {len(scene) for scene in scenes} == {1, 2, 3, 4, 5}
+    names = {frcnn.COCO_NAMES[category + 1] for scene in scenes for category in scene}
+    assert names == {
+        "airplane",
+        "umbrella",
+        "scissors",
+        "horse",
+        "keyboard",
+        "cup",
+        "cat",
+        "cell phone",
+    }
+
+
+@pytest.mark.parametrize("size", [96, 160])
+def test_glyph_boxes_lie_inside_and_overlap_little(size):
+    for seed in range(80):
+        objects = frcnn.render_glyph_scene(seed, size)["objects"]
+        boxes = torch.tensor(objects["bbox"])
+        assert (boxes >= 0).all()
+        assert (boxes <= size).all()
+        areas = frcnn.box_area(boxes)
+        assert (areas > 0).all()
+        assert (torch.tensor(objects["area"]) <= areas).all()
+        assert (torch.tensor(objects["area"]) > 0).all()
+        for a, b in itertools.combinations(range(len(boxes)), 2):
+            low = torch.maximum(boxes[a, :2], boxes[b, :2])
+            high = torch.minimum(boxes[a, 2:], boxes[b, 2:])
+            shared = (high - low).clamp(min=0).prod()
+            assert shared.item() <= 0.1 * min(areas[a], areas[b]) + 1e-3
+
+
+def test_glyph_boxes_are_tight_around_the_ink(monkeypatch):
+    """A scene painted again without ink: what differs is the ink, and its bounds the box."""
+    place = frcnn._place_glyph
+
+    def place_nothing(rng, mask, size, taken):
+        mask, box = place(rng, mask, size, taken)
+        return mask.point(lambda ink: 0), box
+
+    def picture(scene):
+        return np.asarray(PIL.Image.open(io.BytesIO(scene["image"]["bytes"])), dtype=int)
+
+    scenes = [frcnn.render_glyph_scene(seed, 160) for seed in range(120)]
+    alone = [scene for scene in scenes if len(scene["objects"]["bbox"]) == 1]
+    monkeypatch.setattr(frcnn, "_place_glyph", place_nothing)
+    compared = 0
+    for scene in alone:
+        empty = frcnn.render_glyph_scene(scene["image_id"], 160)
+        if len(empty["objects"]["bbox"]) != 1:
+            continue
+        y, x = (picture(scene) != picture(empty)).any(2).nonzero()
+        assert scene["objects"]["bbox"] == [[x.min(), y.min(), x.max() + 1, y.max() + 1]]
+        compared += 1
+    assert compared >= 10
+
+
+def test_glyph_contrast_suffices():
+    luma = np.array([0.299, 0.587, 0.114])
+    for seed in range(40):
+        scene = frcnn.render_glyph_scene(seed, 160)
+        grey = np.asarray(PIL.Image.open(io.BytesIO(scene["image"]["bytes"]))) @ luma
+        for x1, y1, x2, y2 in np.array(scene["objects"]["bbox"], dtype=int):
+            inside = grey[y1:y2, x1:x2]
+            assert np.percentile(inside, 95) - np.percentile(inside, 5) > 45
+
+
+def test_train_and_val_scenes_share_no_seed():
+    seeds = {
+        split: set(range(first, first + frcnn.GLYPH_SCENES[split]))
+        for split, first in frcnn.GLYPH_FIRST_SEED.items()
+    }
+    assert seeds.keys() == {"train", "val"}
+    assert not seeds["train"] & seeds["val"]
+    for split, expected in seeds.items():
+        assert set(image_ids(stream("glyphs", split, 32, max_samples=20))) <= expected
+
+
+def test_an_epoch_of_glyphs_has_all_its_scenes(monkeypatch):
+    monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": 7, "val": 3})
+    assert image_ids(stream("glyphs", "train", 32)) == list(range(7))
+    assert image_ids(stream("glyphs", "val", 32)) == [10**9, 10**9 + 1, 10**9 + 2]
+
+
+# --- which source is taken ------------------------------------------------------------------------
+
+
+def test_the_environment_names_the_source(monkeypatch, coco_tiny):
+    monkeypatch.setenv("FRCNN_DATA", str(coco_tiny))
+    monkeypatch.setattr(frcnn, "_hub_answers", lambda: pytest.fail("the Hub was asked"))
+    assert image_ids(frcnn.COCOStreamDataset("val", max_samples=1, image_size=32)) == [397133]
+
+
+def test_without_the_hub_one_line_says_so_and_glyphs_come(monkeypatch, capsys):
+    monkeypatch.delenv("FRCNN_DATA")
+    monkeypatch.setattr(frcnn, "_hub_answers", lambda: False)
+    dataset = frcnn.COCOStreamDataset(image_size=32)
+    printed = capsys.readouterr().out
+    assert dataset.source == "glyphs"
+    assert printed.count("\n") == 1
+    assert "Hub" in printed
+    assert "glyph" in printed
+
+
+def test_a_hub_that_answers_is_used(monkeypatch):
+    monkeypatch.delenv("FRCNN_DATA")
+    monkeypatch.setattr(frcnn, "_hub_answers", lambda: True)
+    monkeypatch.setattr(frcnn.COCOStreamDataset, "_open", lambda self: self.source)
+    assert frcnn.COCOStreamDataset(bbox_format="xyxy")._stream == "detection-datasets/coco"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put something in the place of the question to the Hub."""
+
+    def answer_with(function):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, "dataset_info", lambda self, *args, **options: function()
+        )
+
+    return answer_with
+
+
+def test_a_server_that_hangs_is_given_up_after_the_time_limit():
+    start = time.perf_counter()
+    assert not frcnn._answers(lambda: time.sleep(5), 0.2)
+    assert 0.19 < time.perf_counter() - start < 1.5
+
+
+def test_the_time_limit_is_five_seconds():
+    assert frcnn.NETWORK_TIMEOUT == 5
+    assert frcnn._answers.__defaults__ == (frcnn.NETWORK_TIMEOUT,)
+
+
+def test_a_hub_that_answers_or_refuses_is_told_apart(hub):
+    hub(lambda: "here")
+    assert frcnn._hub_answers()
+
+    def refuse():
+        raise OSError("no route")
+
+    hub(refuse)
+    start = time.perf_counter()
+    assert not frcnn._hub_answers()
+    assert time.perf_counter() - start < 1  # at once
+
+
+def test_offline_mode_asks_nobody(hub, monkeypatch):
+    hub(lambda: pytest.fail("the Hub was asked"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert not frcnn._hub_answers()
+
+
+# --- the Hub: names of splits, connections that break off -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, asked", [("train", "train"), ("val", "val"), ("validation", "val")]
+)
+def test_the_hub_is_streamed_by_the_names_of_its_splits(monkeypatch, coco_tiny, given, asked):
+    load, calls = datasets.load_dataset, []
+
+    def load_dataset(path, **options):
+        if path == "parquet":
+            return load(path, **options)
+        calls.append((path, options))
+        files = sorted(str(file) for file in coco_tiny.glob(f"{asked}-*.parquet"))
+        rows = load("parquet", data_files={asked: files}, split=asked, streaming=True)
+        return rows.take(4)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset = stream("detection-datasets/coco", given, 32)
+    assert calls == [("detection-datasets/coco", {"split": asked, "streaming": True})]
+    assert len(image_ids(dataset)) == 4
+
+
+class Faulty:
+    """Stands between stream and reader, and drops the connection after so many rows, each time."""
+
+    def __init__(self, stream, rows_until_fault: list[int]) -> None:
+        self.stream, self.rows_until_fault, self.opened = stream, rows_until_fault, 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def iter(self, batch_size):
+        self.opened += 1
+        limit = self.rows_until_fault.pop(0) if self.rows_until_fault else None
+        for count, batch in enumerate(
+            self.stream.iter(1)
+        ):  # small batches, so that a fault may come between any rows
+            if count == limit:
+                raise ConnectionResetError("the line was cut")
+            yield batch
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """``remote(faults)`` → (12 rows that pass for a data set of the Hub, its stream, waits)."""
+    waits = []
+    monkeypatch.setattr(frcnn.time, "sleep", waits.append)
+
+    def build(faults: list[int], **options):
+        dataset = stream(write(tmp_path / "data", [row(i) for i in range(12)]), **options)
+        dataset.source = frcnn.HUB_SOURCE
+        faulty = []
+
+        def split(stream, *arguments, **named):
+            faulty.append(Faulty(real(stream, *arguments, **named), faults))
+            return faulty[-1]
+
+        real = frcnn.split_dataset_by_node
+        monkeypatch.setattr(frcnn, "split_dataset_by_node", split)
+        return dataset, faulty, waits
+
+    return build
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 5])
+@pytest.mark.filterwarnings("ignore:.*broke off")
+def test_a_dropped_connection_loses_and_doubles_nothing(shuffle_buffer, remote):
+    dataset, faulty, waits = remote([3, 3, 7], shuffle_buffer=shuffle_buffer)
+    assert sorted(image_ids(dataset)) == list(range(12))
+    assert faulty[0].opened == 4
+    assert waits == [
+        1,
+        2,
+        1,
+    ]  # the second try got no further: it waited longer; the third fault came after progress
+
+
+def test_each_try_is_told(remote):
+    dataset, _, _ = remote([3])
+    with pytest.warns(UserWarning, match=r"coco broke off \(the line was cut\); next try in 1 s"):
+        image_ids(dataset)
+
+
+@pytest.mark.filterwarnings("ignore:.*broke off")
+def test_a_network_that_stays_away_is_a_clear_end(remote):
+    dataset, _, waits = remote([4] * 100)
+    with pytest.raises(ValueError, match=r"coco cannot be read further: the line was cut"):
+        image_ids(dataset)
+    assert waits == list(frcnn.RETRY_DELAYS)
+
+
+def test_a_damaged_folder_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(frcnn.time, "sleep", lambda seconds: pytest.fail("waited"))
+    dataset = stream(write(tmp_path / "data", [row(i) for i in range(4)]))
+    monkeypatch.setattr(frcnn, "split_dataset_by_node", lambda s, *_, **__: Faulty(s, [1]))
+    with pytest.raises(ValueError, match="cannot be read further"):
+        image_ids(dataset)
+
+
+# --- folders and shards ---------------------------------------------------------------------------
+
+
+def test_all_sources_have_the_same_columns(coco_tiny):
+    shard = next(coco_tiny.glob("train-*.parquet"))
+    real, scene = pyarrow.parquet.ParquetFile(shard).schema_arrow, frcnn.render_glyph_scene(0, 64)
+    assert set(scene) == set(real.names) == {"image_id", "image", "width", "height", "objects"}
+    assert set(scene["objects"]) == {field.name for field in real.field("objects").type}
+    assert set(scene["objects"]) == {"bbox_id", "category", "bbox", "area"}
+
+
+@pytest.mark.parametrize("name", ["a*", "a?", "[a-z]*", "**", "my [data]", "{a,b}", "ä ö", "%20#"])
+def test_a_folder_called_like_a_pattern_gives_its_own_rows(name, tmp_path):
+    write(tmp_path / name, [row(1)])
+    write(tmp_path / "ab", [row(2)])
+    ended, _, served = read(lambda: stream(tmp_path / name))
+    assert (ended, list(served)) == ("served", [1])
+
+
+def test_half_a_shard_is_named_when_the_stream_is_opened(tmp_path):
+    write(tmp_path, [row(i) for i in range(5)], [row(i) for i in range(5, 10)])
+    shard = tmp_path / "train-00001-of-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ValueError, match=shard.name):
+        stream(tmp_path)
+
+
+def test_a_folder_without_shards_of_the_split_is_named(tmp_path):
+    write(tmp_path, [row(1)], split="train")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*val"):
+        stream(tmp_path, "val")
+
+
+# --- detect_bbox_format ---------------------------------------------------------------------------
+
+
+IMAGE_9 = {"width": 640, "height": 480}  # one box, its segmentation covers 120057.14 square pixels
+
+
+@pytest.mark.parametrize(
+    "bbox, found",
+    [([1.08, 187.69, 612.67, 473.53], "xyxy"), ([1.08, 187.69, 611.59, 285.84], "xywh")],
+)
+def test_detect_bbox_format_decides_by_image_9(bbox, found):
+    assert (
+        frcnn.detect_bbox_format([IMAGE_9 | {"objects": {"bbox": [bbox], "area": [120057.14]}}])
+        == found
+    )
+
+
+def shard_rows(coco_tiny: Path, split: str = "val") -> list[dict]:
+    return pyarrow.parquet.read_table(next(coco_tiny.glob(f"{split}-*.parquet"))).to_pylist()
+
+
+def to_xywh(rows: list[dict]) -> list[dict]:
+    for objects in (r["objects"] for r in rows):
+        objects["bbox"] = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in objects["bbox"]]
+    return rows
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_corners_and_sizes_give_the_same_boxes(coco_tiny, tmp_path, capsys, split):
+    sizes = write(tmp_path, to_xywh(shard_rows(coco_tiny, split)), split=split)
+    as_corners = stream(coco_tiny, split, 64, bbox_format=None, max_samples=10)
+    assert "xyxy" in capsys.readouterr().out
+    as_sizes = stream(sizes, split, 64, bbox_format=None, max_samples=10)
+    assert "xywh" in capsys.readouterr().out
+    assert (as_corners.bbox_format, as_sizes.bbox_format) == ("xyxy", "xywh")
+    for (_, a), (_, b) in zip(as_corners, as_sizes, strict=True):
+        torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-4, rtol=0)
+
+
+def test_detect_bbox_format_does_not_mind_a_bad_box_or_two(coco_tiny):
+    rows = shard_rows(coco_tiny)
+    rows[0]["objects"]["bbox"][0] = [300.0, 200.0, 100.0, 50.0]
+    rows[1]["objects"]["bbox"][0] = [0.0, 0.0, 5000.0, 5000.0]
+    assert frcnn.detect_bbox_format(rows) == "xyxy"
+
+
+def test_detect_bbox_format_refuses_what_is_neither(coco_tiny, tmp_path):
+    rows = shard_rows(coco_tiny)
+    for r in rows:  # fractions of the image
+        scale = [r["width"], r["height"]] * 2
+        r["objects"]["bbox"] = [[v / s for v, s in zip(box, scale)] for box in r["objects"]["bbox"]]
+    with pytest.raises(ValueError, match="neither corners nor"):
+        frcnn.detect_bbox_format(rows)
+    with pytest.raises(ValueError, match="bbox_format"):
+        stream(write(tmp_path, rows, split="val"), "val", bbox_format=None)
+
+
+@pytest.mark.parametrize(
+    "forced, boxes", [("xyxy", [[10, 10, 20, 15]]), ("xywh", [[10, 10, 30, 25]])]
+)
+def test_a_forced_format_is_taken(tmp_path, forced, boxes):
+    rows = [row(1, size=(64, 64), boxes=[(10, 10, 20, 15)])]
+    target = next(iter(stream(write(tmp_path, rows), image_size=64, bbox_format=forced)))[1]
+    assert target["boxes"].tolist() == boxes
+
+
+# --- decode_image: pictures of every kind ---------------------------------------------------------
+
+
+def palette_picture() -> PIL.Image.Image:
+    image = PIL.Image.new("P", (6, 6), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image
+
+
+COLOURS = {
+    "grey": (lambda: encoded(PIL.Image.new("L", (6, 6), 100)), (100, 100, 100)),
+    "one bit": (lambda: encoded(PIL.Image.new("1", (6, 6), 1)), (255, 255, 255)),
+    "grey with alpha": (lambda: encoded(PIL.Image.new("LA", (6, 6), (70, 255))), (70, 70, 70)),
+    "palette": (lambda: encoded(palette_picture()), (200, 100, 50)),
+    "gif": (lambda: encoded(palette_picture(), "gif"), (200, 100, 50)),
+    "RGBA": (lambda: encoded(PIL.Image.new("RGBA", (6, 6), (10, 20, 30, 255))), (10, 20, 30)),
+    "CMYK": (lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "tiff"), (255, 0, 0)),
+    "CMYK jpeg": (
+        lambda: encoded(PIL.Image.new("CMYK", (6, 6), (0, 255, 255, 0)), "jpeg"),
+        (255, 0, 0),
+    ),
+    "16 bit": (
+        lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x8040, np.uint16))),
+        (128, 128, 128),
+    ),
+    "16 bit tiff": (
+        lambda: encoded(PIL.Image.fromarray(np.full((6, 6), 0x4010, np.uint16)), "tiff"),
+        (64, 64, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_decode_image_makes_rgb_of_every_mode(tmp_path, kind):
+    make, colour = COLOURS[kind]
+    dataset = stream(write(tmp_path, [row(1, make(), (6, 6))]), image_size=6)
+    image, _ = next(iter(dataset))
+    expected = torch.tensor(colour).float().view(3, 1, 1).expand(3, 6, 6)
+    torch.testing.assert_close(pixels(image), expected, atol=2, rtol=0)  # JPEG rounds
+    assert dataset.skipped == 0
+
+
+def test_one_pixel_is_a_picture(tmp_path):
+    rows = [row(1, encoded(PIL.Image.new("RGB", (1, 1), (9, 8, 7))), (1, 1), [(0, 0, 1, 1)])]
+    image, target = next(iter(stream(write(tmp_path, rows), image_size=16)))
+    torch.testing.assert_close(pixels(image)[:, 7, 7], torch.tensor([9.0, 8, 7]), atol=1e-3, rtol=0)
+    assert target["boxes"].tolist() == [[0, 0, 16, 16]]
+
+
+def turned_picture() -> bytes:
+    """20 × 10 pixels as stored, red left, blue right, with a note to turn it by 90° clockwise."""
+    image = PIL.Image.new("RGB", (20, 10), (255, 0, 0))
+    image.paste((0, 0, 255), (10, 0, 20, 10))
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6
+    return encoded(image, exif=exif)
+
+
+def test_decode_image_turns_a_picture_whose_row_has_the_turned_size():
+    image = frcnn.decode_image(turned_picture(), (10, 20))
+    assert image.size == (10, 20)
+    assert [image.getpixel(at) for at in [(0, 0), (9, 0), (0, 19), (9, 19)]] == [
+        (255, 0, 0)
+    ] * 2 + [(0, 0, 255)] * 2
+
+
+def test_decode_image_leaves_a_picture_whose_row_has_the_stored_size():
+    image = frcnn.decode_image(turned_picture(), (20, 10))
+    assert image.size == (20, 10)
+    assert [image.getpixel(at) for at in [(0, 0), (0, 9), (19, 0), (19, 9)]] == [
+        (255, 0, 0)
+    ] * 2 + [(0, 0, 255)] * 2
+
+
+def test_decode_image_refuses_a_picture_of_another_size():
+    with pytest.raises(ValueError, match=r"6 × 6 .* 8 × 5"):
+        frcnn.decode_image(encoded(PIL.Image.new("RGB", (6, 6))), (8, 5))
+
+
+def broken_exif() -> bytes:
+    """A picture whose note about the camera is damaged."""
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6
+    image = encoded(PIL.Image.new("RGB", (8, 8)), "webp", exif=exif)
+    return image.replace(b"MM\x00*", b"MM\x00i").replace(b"II*\x00", b"IIi\x00")
+
+
+def test_a_picture_with_a_broken_exif_is_skipped_named_and_counted(tmp_path):
+    dataset = stream(write(tmp_path, [row(1), row(4711, broken_exif()), row(3)]))
+    with pytest.warns(UserWarning, match="image_id 4711") as caught:
+        assert image_ids(dataset) == [1, 3]
+    assert len(caught) == 1
+    assert dataset.skipped == 1
+
+
+def test_decode_image_runs_no_program(monkeypatch):
+    """An EPS file is a PostScript program; Pillow would start Ghostscript on it."""
+    content = encoded(PIL.Image.new("RGB", (8, 8)), "eps")
+    monkeypatch.setattr(
+        PIL.EpsImagePlugin, "Ghostscript", lambda *arguments, **options: pytest.fail("it was run")
+    )
+    for size in (None, (8, 8)):
+        with pytest.raises(ValueError, match="EPS file is a program"):
+            frcnn.decode_image(content, size)
+
+
+def test_a_path_in_a_row_is_not_opened(tmp_path):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(PIL.Image.new("RGB", (8, 8))))
+    sample = row(7) | {"image": {"bytes": None, "path": str(secret)}}
+    dataset = stream(write(tmp_path / "data", [row(1), sample]))
+    with pytest.warns(UserWarning, match="image_id 7 skipped: its row holds no bytes of an image"):
+        assert [target["image_id"] for _, target in dataset] == [1]
+
+
+# --- decode_image: bombs of pixels ----------------------------------------------------------------
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+@functools.cache
+def png_of_zeros(width: int, height: int, *more: bytes) -> bytes:
+    """A whole, valid PNG, one bit a pixel, made without ever holding its pixels."""
+    deflate, some = zlib.compressobj(9), 100
+    line = bytes(1 + (width + 7) // 8)  # the filter, then the pixels
+    packed = (
+        b"".join(deflate.compress(line * min(some, height - y)) for y in range(0, height, some))
+        + deflate.flush()
+    )
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(more)
+        + chunk(b"IDAT", packed)
+        + chunk(b"IEND", b"")
+    )
+
+
+def header_alone(kind: str) -> bytes:
+    """The first bytes of a picture of 60,000 × 60,000 pixels, and nothing behind them."""
+    if kind == "bmp":
+        return b"BM" + struct.pack(
+            "<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0
+        )
+    if kind == "gif":
+        frame = struct.pack("<cHHHHBB", b",", 0, 0, 60_000, 60_000, 0, 8)
+        return b"GIF89a" + struct.pack("<HHBBB", 60_000, 60_000, 0, 0, 0) + frame
+    if kind == "jpeg":
+        return b"\xff\xd8\xff\xc0" + struct.pack(">HBHHBBBB", 11, 8, 60_000, 60_000, 1, 1, 0x11, 0)
+    return b"P6 60000 60000 255\n"
+
+
+BOMBS = {
+    "30,000 × 30,000 zeros": lambda: png_of_zeros(30_000, 30_000),
+    "13,000 × 13,000 zeros": lambda: png_of_zeros(13_000, 13_000),  # here Pillow would only warn
+    "one row of 100 million": lambda: png_of_zeros(100_000_000, 1),
+    "text that unpacks to 20 MB": lambda: png_of_zeros(
+        8, 8, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000), 9))
+    ),
+    **{
+        f"the head of a {kind}": lambda kind=kind: header_alone(kind)
+        for kind in ("bmp", "gif", "jpeg", "ppm")
+    },
+}
+
+
+# Run alone, so that the greatest memory is its own: a folder with the bomb between two good rows,
+# then `detect`.
+LOOK = """
+import json, resource, sys, time, warnings
+import frcnn_common as frcnn
+folder = sys.argv[1]
+good, bomb = f"{folder}/good.png", f"{folder}/bomb.png"
+detect = ["detect", "--checkpoint", f"{folder}/c.pt", "--out"]
+frcnn.main([*detect, f"{folder}/first", good])
+dataset = frcnn.COCOStreamDataset("train", None, f"{folder}/data", 64, bbox_format="xyxy")
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before, start = peak(), time.perf_counter()
+ids = [target["image_id"] for _, target in dataset]
+seconds = time.perf_counter() - start
+code = frcnn.main([*detect, f"{folder}/out", bomb, good])
+result = {"ids": ids, "skipped": dataset.skipped, "code": code}
+print(json.dumps(result | {"seconds": seconds, "mb": peak() - before}))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is of Unix")
+def test_a_bomb_of_pixels_costs_one_line_and_no_memory(tmp_path):
+    bomb = png_of_zeros(13_000, 13_000)
+    assert len(bomb) < 100_000
+    bombs = [bomb, png_of_zeros(30_000, 30_000)]
+    rows = [
+        row(1),
+        row(13, bombs[0], (13_000, 13_000)),
+        row(30, bombs[1], (30_000, 30_000)),
+        row(3),
+    ]
+    write(tmp_path / "data", rows)
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    (tmp_path / "good.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 30))))
+    frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
+    command = [sys.executable, "-c", LOOK, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(frcnn.__file__).parent)}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["ids"], result["skipped"], result["code"]) == ([1, 3], 2, 2)
+    assert result["mb"] < 300  # decoded, the smaller would take 700
+    assert result["seconds"] < 5
+    told = [line for line in re.split(r"[\r\n]+", done.stderr) if line and "%|" not in line]
+    named = [line for line in told if "bomb" in line.lower() or "large" in line]
+    assert [line for line in named if line.startswith("frcnn_common: ")] == [
+        f"frcnn_common: {tmp_path}/bomb.png is no picture that can be read:"
+        f" an image of 13000 × 13000 pixels is too large: at most {frcnn.MAX_PIXELS:,}"
+    ]
+    assert (
+        sum("UserWarning: image_id" in line for line in named) == len(named) - 1 == 2
+    )  # and not a line of Pillow's
+    (record,) = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert record["image"].endswith("good.png")
+
+
+@pytest.mark.filterwarnings(
+    "ignore::PIL.Image.DecompressionBombWarning"
+)  # pytest takes the module's filter away
+@pytest.mark.parametrize("kind", BOMBS)
+def test_decode_image_refuses_a_bomb_before_it_is_decoded(kind, monkeypatch):
+    content = BOMBS[kind]()
+    PIL.Image.init()  # its plugins make small images of their own
+    monkeypatch.setattr(
+        PIL.Image.core, "new", lambda *arguments: pytest.fail(f"memory for {arguments}")
+    )
+    monkeypatch.setattr(
+        PIL.Image.core, "fill", lambda *arguments: pytest.fail(f"memory for {arguments}")
+    )
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"pixels|too large") as error:
+        frcnn.decode_image(content)
+    assert time.perf_counter() - start < 2
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("more", "accepted"), [(0, True), (1, False)])
+def test_decode_image_has_an_exact_limit(more, accepted, monkeypatch):
+    monkeypatch.setattr(frcnn, "MAX_PIXELS", 300)
+    content = encoded(PIL.Image.new("RGB", (300 + more, 1)))
+    if accepted:
+        assert frcnn.decode_image(content).size == (300, 1)
+    else:
+        with pytest.raises(
+            ValueError, match="an image of 301 × 1 pixels is too large: at most 300"
+        ):
+            frcnn.decode_image(content)
+
+
+def test_photographs_of_today_are_below_the_limit():
+    assert frcnn.MAX_PIXELS > 9504 * 6336  # 60 megapixels, the largest of the common cameras
+    assert frcnn.MAX_PIXELS * 3 * 4 < 2**30 * 1.1  # as float32, RGB: about 1 GB
+
+
+# --- hostile samples: what is promised ------------------------------------------------------------
+
+
 EXAMPLES = 400  # of each property
-NAN, INF = float("nan"), float("inf")
-GOOD = [3.0, 4.0, 7.0, 8.0]  # as corner and size it would leave an image of 8 × 8
+INF = float("inf")
 BAD = 4711  # image_id of the hostile row
-
-
-# --- what is promised ------------------------------------------------------------------------------------------------
 
 
 def keeps_its_promises(image: torch.Tensor, target: dict) -> bool:
@@ -57,7 +702,7 @@ def keeps_its_promises(image: torch.Tensor, target: dict) -> bool:
 def read(
     open_dataset: Callable[[], frcnn.COCOStreamDataset],
 ) -> tuple[str, list[str], dict[int, dict]]:
-    """How it ended, what was said on the way, and the targets by ``image_id``; one pass, as a user makes it."""
+    """How it ended, what was said on the way, and the targets by ``image_id``; one pass."""
     served: dict[int, dict] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -76,10 +721,11 @@ def read(
     return "skipped" if said else "served", said, served
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- hostile samples: rows ------------------------------------------------------------------------
 
-# A builder writes the folder with both splits. The hostile row stands between two good ones, whose many boxes let the
-# format of the boxes be decided.
+
+# A builder writes the folder with both splits. The hostile row stands between two good ones, whose
+# many boxes let the format of the boxes be decided.
 
 
 def between_good_ones(hostile: dict) -> Callable[[Path], Path]:
@@ -92,7 +738,7 @@ def between_good_ones(hostile: dict) -> Callable[[Path], Path]:
 
 
 def hostile_row(**changed) -> dict:
-    """A row with one good box, then with the given columns and fields of ``objects`` instead of its own."""
+    """A row with one good box, the given columns and fields of ``objects`` in place of its own."""
     sample = row(BAD, boxes=[GOOD])
     for name, value in changed.items():
         (sample["objects"] if name in sample["objects"] else sample)[name] = value
@@ -169,7 +815,6 @@ LINE = {
     "33 × 1,333": (33, 1_333),
 }
 WHOLE_IMAGE = [0.0, 0, 8, 8]
-
 PICTURES = [
     *((f"picture: {name}", picture(content), "served", [GOOD]) for name, content in MODES.items()),
     *(
@@ -346,7 +991,7 @@ BOXES = [
 ]
 
 
-# --- columns ---------------------------------------------------------------------------------------------------------
+# --- hostile samples: columns ---------------------------------------------------------------------
 
 
 def whole(table: pyarrow.Table) -> Callable[[Path], Path]:
@@ -389,7 +1034,7 @@ COLUMNS = [
             f"columns: no {name}",
             whole(TABLE.drop_columns([name])),
             "error",
-            f"lacks the columns .*{name}",
+            rf"train-00000\.parquet lacks the columns .*{name}",
         )
         for name in TABLE.schema.names
     ),
@@ -493,7 +1138,7 @@ COLUMNS = [
 ]
 
 
-# --- folders and streams ---------------------------------------------------------------------------------------------
+# --- hostile samples: folders ---------------------------------------------------------------------
 
 
 def empty(folder: Path) -> Path:
@@ -549,14 +1194,16 @@ FOLDERS = [
     ("folder: shard without rows", whole(TABLE.slice(0, 0)), "error", "holds no rows"),
 ]
 
+
+# --- hostile samples: how each ends ---------------------------------------------------------------
+
+
 HOSTILE = [
     *PICTURES,
     *BOXES,
     *COLUMNS,
     *FOLDERS,
 ]  # (name, build, outcome, the boxes served or what is said)
-
-
 READINGS = [("train", *h) for h in HOSTILE] + [
     ("val", *h) for h in BOXES
 ]  # an image without boxes differs
@@ -659,7 +1306,8 @@ def test_the_reason_is_one_line_and_never_empty(failure, reason, monkeypatch):
     assert (ended, said) == ("skipped", [f"image_id 0 skipped: {reason}"])
 
 
-# --- rows and pictures of chance -------------------------------------------------------------------------------------
+# --- rows and pictures of chance ------------------------------------------------------------------
+
 
 SIDES = (1, 30, 33, 64)
 ENCODED = {size: encoded(noise(size=size)) for size in itertools.product(SIDES, SIDES)}
@@ -683,7 +1331,7 @@ anything = (
 
 @st.composite
 def rows_of_chance(draw) -> dict:
-    """Three of four rows are well formed, with boxes of any numbers; one of four has one thing of any kind in it."""
+    """Three of four rows are well formed, boxes of any numbers; one has a thing of any kind."""
     size = draw(st.sampled_from(list(ENCODED)))
     bbox = draw(st.just([]) | st.lists(four_numbers, min_size=1, max_size=5))
     labels, areas = st.integers(0, 79) | st.sampled_from([0.0, 79.0]), st.floats(0, 1e4)
@@ -724,7 +1372,7 @@ def numbers_of(
 def expected_target(
     sample: dict, size: tuple[int, int], flip: bool, bbox_format: str
 ) -> tuple[list, list] | None:
-    """Boxes and labels of a row by the sentences of the documentation, one box at a time; None: not to be used."""
+    """Boxes and labels of a row by the documentation, one box at a time; None: not to be used."""
     try:
         raw = numbers_of(sample["objects"]["bbox"], numbers_of)
         category, area = (numbers_of(sample["objects"][name]) for name in ("category", "area"))
@@ -831,16 +1479,16 @@ def test_a_damaged_picture_is_served_or_named(kind, damage, share, is_cut):
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 @given(st.lists(rows_of_chance(), max_size=4))
-def test_rows_of_chance_do_not_change_the_format_of_the_boxes(hostile):
+def test_detect_bbox_format_does_not_mind_rows_of_chance(hostile):
     good = row(1, boxes=[GOOD] * 300)  # so many that five bad boxes a row are below one of ten
     assert frcnn.detect_bbox_format([*hostile, good]) == "xyxy"
 
 
-# --- whole epochs ----------------------------------------------------------------------------------------------------
+# --- a whole epoch of hostile rows ----------------------------------------------------------------
 
 
 def epoch_of_all(folder: Path) -> tuple[Path, int]:
-    """A folder with all hostile rows that fit the Hub's columns, and how many of them are to be skipped."""
+    """A folder with all hostile rows that fit the Hub's columns, and how many are to be skipped."""
     several = [
         h for h in [*PICTURES, *BOXES] if h[2] != "error" and not h[0].startswith("boxes: 10,000")
     ]
@@ -869,85 +1517,3 @@ def test_an_epoch_of_all_hostile_rows_trains(tmp_path, capsys):
     assert dataset.skipped >= skipped > 50
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith(f"{source}: left out so far: rows {dataset.skipped} (")
-
-
-@pytest.fixture
-def mixed(tmp_path) -> Path:
-    """Twelve rows in two shards of each split: two corrupt pictures, one bad category, and three boxes of no use."""
-    rows = [row(i, boxes=[GOOD] * 20) for i in range(12)]
-    for i in (2, 9):
-        rows[i]["image"]["bytes"] = b"not a picture"
-    rows[5]["objects"]["category"][0] = 80
-    rows[7]["objects"]["bbox"][:2] = [[NAN] * 4, [4.0, 4, 4, 4]]
-    rows[11]["objects"]["bbox"][3] = [5.0, 2, 1, 7]
-    write(tmp_path / "mixed", rows[:6], rows[6:], split="train")
-    return write(tmp_path / "mixed", rows[:6], rows[6:], split="val")
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-@pytest.mark.parametrize(
-    ("workers", "context"), [(0, None), (2, None), pytest.param(2, "spawn", marks=pytest.mark.slow)]
-)
-def test_what_workers_leave_out_is_counted_too(workers, context, mixed):
-    dataset = stream(mixed)
-    loader = DataLoader(
-        dataset,
-        2,
-        num_workers=workers,
-        multiprocessing_context=context,
-        collate_fn=frcnn.frcnn_collate_fn,
-    )
-    ids = sorted(target["image_id"] for _, targets in loader for target in targets)
-    assert ids == [0, 1, 3, 4, 6, 7, 8, 10, 11]
-    assert (dataset.skipped, dataset.dropped) == (3, 3)
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-def test_the_count_is_shown_at_the_end(mixed, tmp_path, capsys):
-    line = f"--source {mixed} --checkpoint {tmp_path}/c.pt"
-    told = f"{mixed}: left out so far: rows 3 (each named in a warning), boxes 3 (not finite or without area)"
-    # Nine good rows: the third step of three reads to the end of the epoch.
-    assert frcnn.main(f"train --model tiny --image-size 64 --batch 3 --steps 3 {line}".split()) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert json.loads(out[-1])["steps"] == 3
-    assert out[-2].startswith(f"{mixed}: left out so far: rows 3 (each named in a warning), boxes ")
-    assert frcnn.main(f"evaluate {line}".split()) == 0
-    *before, shown, result = capsys.readouterr().out.splitlines()
-    assert (shown, json.loads(result)["AP"] >= 0) == (told, True)
-    assert not any("left out" in text for text in before)
-
-
-@pytest.mark.filterwarnings("ignore:.*skipped")
-def test_rows_that_are_all_bad_end_training_and_evaluation_with_one_line(tmp_path, capsys):
-    rows = [row(i, b"not a picture", boxes=[GOOD] * 20) for i in range(5)]
-    source = write(tmp_path / "bad", rows, split="train")
-    write(tmp_path / "bad", rows, split="val")
-    frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
-    for command, said in (
-        ("train --model tiny --steps 2", "to train on"),
-        ("evaluate", "to evaluate on"),
-    ):
-        assert frcnn.main(f"{command} --source {source} --checkpoint {tmp_path}/c.pt".split()) == 2
-        (line,) = (
-            text
-            for text in re.split(r"[\r\n]+", capsys.readouterr().err)
-            if text and "%|" not in text
-        )
-        assert line.startswith(f"frcnn_common: error: {source} gives not one image ")
-        assert line.endswith(said)
-
-
-def test_two_images_of_one_image_id_are_not_scored_as_one(tmp_path):
-    source = write(
-        tmp_path / "data", [row(i, boxes=[GOOD] * 20) for i in (1, 2, 1, 3)], split="val"
-    )
-    with pytest.raises(ValueError, match=r"1 images come more than once, such as image_id 1$"):
-        frcnn.evaluate(frcnn.tiny_faster_rcnn(), stream(source, "val", 64))
-
-
-@pytest.mark.parametrize("name", ["a*", "a?", "[a-z]*", "**", "my [data]", "{a,b}", "ä ö", "%20#"])
-def test_a_folder_called_like_a_pattern_gives_its_own_rows(name, tmp_path):
-    write(tmp_path / name, [row(1)])
-    write(tmp_path / "ab", [row(2)])
-    ended, _, served = read(lambda: stream(tmp_path / name))
-    assert (ended, list(served)) == ("served", [1])
