@@ -18,7 +18,10 @@ from test_twins import NOTEBOOKS, definitions
 
 import frcnn_common as frcnn
 
-WRONG_TYPES = ("'text'", "'3'", "[]", "(1, 2, 3)", "{}", "object()", "lambda *_: None", "-10.0**9")
+WRONG_TYPES = (
+    *("'text'", "'3'", "[]", "(1, 2, 3)", "{}", "torch.ones(3)", "object()", "-10.0**9"),
+    "lambda *_: None",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +249,13 @@ EXERCISES = (
             " sampling=math.ceil((b[2] - b[0]).item() / 4 / 7))": "stride 8",  # written in
             "lambda f, b, s: roi_align_loop(f, b, s,"
             " sampling=math.ceil((b[2] - b[0]).item() / 4 / 7))": "stride 8",
-            "lambda f, b, s: roi_align_loop(f, b, s,"
-            " sampling={12: 1, 28: 1, 40: 2, 56: 2, 84: 3}.get(round((b[2] - b[0]).item()), 1))": (
-                "off by"  # a table
+            "lambda f, b, s: roi_align_loop(f, b, s, sampling={12: 1, 28: 1, 40: 2, 56: 2, 84: 3}"
+            "[min((12, 28, 40, 56, 84), key=lambda a: abs(b[2].item() - b[0].item() - a))])": (
+                "stride 8"  # a table by the side alone
             ),
+            "lambda f, b, s: roi_align_loop(f, b, s, sampling={(12, 4): 1, (28, 4): 1, (40, 4): 2,"
+            " (56, 4): 2, (84, 4): 3, (12, 8): 1, (28, 8): 1, (40, 8): 1, (56, 8): 1, (84, 8): 2}"
+            ".get((round((b[2] - b[0]).item()), s), 5))": "off by",  # a table of all in sight
             "lambda f, b, s: roi_align_loop(f, b, s, sampling=2)": "off by",
             "lambda f, b, s: roi_align_loop(f, b, s, aligned=False,"
             " sampling=math.ceil((b[2] - b[0]).item() / s / 7))": "off by",
@@ -386,7 +392,8 @@ EXERCISES = (
             "lambda rows, n: max((sum(c for _, c in rows[:k]) * (1 / k + 1 / n), rows[k - 1][0])"
             " for k in range(1, len(rows) + 1))[1]": "there is one of",  # P + R
             "lambda rows, n: rows[0][0]": "there is one of",  # the best precision
-            "lambda rows, n: rows[-1][0]": "there is one of",  # the best recall
+            "lambda rows, n: rows[-1][0]": "there is one of",
+            "lambda rows, n: min(s for s, correct in rows if correct)": "there is one of",  # recall
             "lambda rows, n: max((s for s, _ in rows), key=lambda t: f1(rows, n, t + 1e-9))": (
                 "the row at the threshold counts too"  # above in place of at least
             ),
