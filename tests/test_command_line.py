@@ -761,7 +761,7 @@ def other_run(said, capsys, monkeypatch):
 
 
 def no_weights(said, capsys, monkeypatch):
-    monkeypatch.setattr(frcnn, "_answers", lambda ask, seconds=0: False)
+    monkeypatch.setattr(frcnn, "succeeds_within", lambda ask, seconds=0: False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "downloads")
     return said("train --model coco --weights coco --source glyphs --checkpoint t.pt")
 

@@ -236,7 +236,7 @@ def test_figure_file_is_the_same_twice(name, monkeypatch, tmp_path):
         ax = Figure(figsize=(2, 2)).subplots()
         frcnn.draw_boxes(ax, picture(), BOXES, [1, 2], [0.5, 0.6])
         monkeypatch.setattr(frcnn, "FIGURES", tmp_path / folder)
-        frcnn.save_figure(ax.figure, name)
+        frcnn_lesson.save_figure(ax.figure, name)
         files.append((tmp_path / folder / name).read_bytes())
     assert len(files[0]) > 1000
     assert files[0] == files[1]

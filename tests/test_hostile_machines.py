@@ -65,7 +65,7 @@ import frcnn_common as frcnn
 frcnn.TINY_STEPS, frcnn.TINY_IMAGE_SIZE = 2, 64
 frcnn.tiny_detector()
 frcnn.tiny_detector()
-frcnn.save_figure(matplotlib.figure.Figure(), "ß 1.png")
+frcnn_lesson.save_figure(matplotlib.figure.Figure(), "ß 1.png")
 sys.exit(
     frcnn.main(["evaluate", "--checkpoint", "Modell ß.pt", "--source", "Bilder Ω", "--max-samples", "3"])
     or frcnn.main(["detect", "--checkpoint", "Modell ß.pt", "Fotos №", "--out", "gezeichnet Ω"])

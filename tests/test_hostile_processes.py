@@ -345,7 +345,7 @@ def use():
     for folder in folders:
         folder.chmod(0o555)
     with contextlib.redirect_stdout(said):
-        frcnn.save_figure(matplotlib.figure.Figure(), "plot.png")
+        frcnn_lesson.save_figure(matplotlib.figure.Figure(), "plot.png")
         model = frcnn.tiny_detector()
     for folder in folders:
         folder.chmod(0o755)

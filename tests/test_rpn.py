@@ -235,7 +235,7 @@ def test_every_step_draws_anew_for_every_image():
     targets = [{"image_id": i} for i in (3, 4)]
 
     def draw(targets):
-        generators = frcnn.image_generators(targets, torch.device("cpu"))
+        generators = frcnn.sampling_generators(targets, torch.device("cpu"))
         return [torch.randperm(1000, generator=generator)[:50].tolist() for generator in generators]
 
     torch.manual_seed(0)

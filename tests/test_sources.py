@@ -171,13 +171,13 @@ def hub(monkeypatch):
 
 def test_a_server_that_hangs_is_given_up_after_the_time_limit():
     start = time.perf_counter()
-    assert not frcnn._answers(lambda: time.sleep(5), 0.2)
+    assert not frcnn.succeeds_within(lambda: time.sleep(5), 0.2)
     assert 0.19 < time.perf_counter() - start < 1.5
 
 
 def test_the_time_limit_is_five_seconds():
     assert frcnn.NETWORK_TIMEOUT == 5
-    assert frcnn._answers.__defaults__ == (frcnn.NETWORK_TIMEOUT,)
+    assert frcnn.succeeds_within.__defaults__ == (frcnn.NETWORK_TIMEOUT,)
 
 
 def test_a_hub_that_answers_or_refuses_is_told_apart(hub):

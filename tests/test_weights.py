@@ -194,13 +194,13 @@ def test_an_image_goes_in_as_torchvision_prepares_it(pair):
     theirs.transform.image_mean = frcnn.IMAGENET_MEAN.flatten().tolist()
     theirs.transform.min_size, theirs.transform.max_size = (256,), 420
     expected, _ = theirs.transform([torch.from_numpy(picture).permute(2, 0, 1) / 255])
-    pixels, size = frcnn.prepare_image(frcnn.PIL.Image.fromarray(picture), (256, 420))
+    pixels, size = frcnn.prepare_image(frcnn.Image.fromarray(picture), (256, 420))
     assert size == expected.image_sizes[0] == (251, 420)  # 420 is the limit that counts
     assert pixels.shape == (3, 256, 448)
     torch.testing.assert_close(pixels[None], expected.tensors, rtol=0, atol=1e-5)
     with torch.no_grad():
         (their_result,) = theirs([torch.from_numpy(picture).permute(2, 0, 1) / 255])
-    found = frcnn.detect(ours, frcnn.PIL.Image.fromarray(picture), (256, 420))
+    found = frcnn.detect(ours, frcnn.Image.fromarray(picture), (256, 420))
     assert len(found["boxes"]) > 10
     counterparts(their_result["boxes"], found["boxes"])
 
@@ -215,7 +215,7 @@ def test_an_image_goes_in_as_torchvision_prepares_it(pair):
     ],
 )
 def test_short_side_800_long_side_at_most_1333(picture, size):
-    pixels, (height, width) = frcnn.prepare_image(frcnn.PIL.Image.new("RGB", picture), (800, 1333))
+    pixels, (height, width) = frcnn.prepare_image(frcnn.Image.new("RGB", picture), (800, 1333))
     assert (width, height) == size
     assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0
     assert 0 <= pixels.shape[1] - height < 32
@@ -334,7 +334,7 @@ def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it
     load, weights, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(frcnn, "_answers", lambda ask: False)
+    monkeypatch.setattr(frcnn, "succeeds_within", lambda ask: False)
     model = frcnn.coco_faster_rcnn()
     before = model.predictor.cls.weight.clone()
     with pytest.raises(ConnectionError) as caught:
@@ -346,7 +346,7 @@ def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it
 
 def test_a_file_in_the_folder_is_taken_without_a_network(monkeypatch, tmp_path, pair):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(frcnn, "_answers", lambda ask: pytest.fail("the network was asked"))
+    monkeypatch.setattr(frcnn, "succeeds_within", lambda ask: pytest.fail("the network was asked"))
     file = (
         tmp_path
         / "hub"
