@@ -2743,8 +2743,9 @@ def published_weights(weights: object) -> dict[str, Tensor]:
         cure = f"download {url} and put it at {file}"
         raise ConnectionError(f"no network for the published weights: {cure}")
     try:
-        options = {"map_location": "cpu", "weights_only": True}
-        return weights.get_state_dict(progress=True, check_hash=True, **options)
+        return weights.get_state_dict(
+            progress=True, check_hash=True, map_location="cpu", weights_only=True
+        )
     except Exception as error:  # a torn file, a dropped connection, a pickle with code in it
         reason = first_line(error)
         raise ValueError(f"{file} cannot be used ({reason}): delete it and try again") from error

@@ -217,10 +217,8 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
 def test_ctrl_c_says_one_line(capfd, monkeypatch, tmp_path):
     line = f"train {TINY} --source glyphs --steps 3 --checkpoint {tmp_path}/c.pt"
     assert stopped_at(monkeypatch, 2, line) == 130
-    assert (
-        capfd.readouterr().err.splitlines()[-1]
-        == "frcnn_common: stopped; the last checkpoint holds"
-    )
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last == "frcnn_common: stopped; where there is a checkpoint, --resume goes on from it"
 
 
 def test_resume_of_nothing_begins(call, tmp_path):
@@ -745,6 +743,17 @@ def neither_format(said, capsys, monkeypatch):
     return said("train --model tiny --source photos --checkpoint t.pt")
 
 
+def counted_from_1(said, capsys, monkeypatch):
+    scenes = [frcnn.render_glyph_scene(seed, 64) for seed in range(4)]
+    for scene in scenes:
+        scene["objects"]["category"] = [1] * len(scene["objects"]["category"])
+    Path("photos").mkdir()
+    datasets.Dataset.from_list(scenes).to_parquet("photos/train-00000.parquet")
+    with pytest.warns(UserWarning) as warned:
+        frcnn.COCOStreamDataset(source="photos", image_size=64)
+    return str(warned[0].message)
+
+
 def no_checkpoint(said, capsys, monkeypatch):
     return said("evaluate --checkpoint t.pt --source glyphs")
 
@@ -792,6 +801,7 @@ TRIGGERS = [
     torn_shard,
     box_without_a_class,
     neither_format,
+    counted_from_1,
     no_checkpoint,
     torn_checkpoint,
     other_run,

@@ -118,7 +118,8 @@ def test_prepare_image_keeps_the_aspect_of_an_image_that_is_flipped(tmp_path):
 def test_images_without_a_valid_box_are_skipped_in_train_and_kept_in_val(tmp_path, boxes):
     rows = [row(1, boxes=boxes), row(2)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is wrong with them
+        warnings.simplefilter("error")  # nothing is wrong with the images
+        warnings.filterwarnings("ignore", "image_id 1: 1 boxes left out")
         assert image_ids(stream(write(tmp_path, rows))) == [2]
         _, target = next(iter(stream(write(tmp_path, rows, split="val"), "val")))
     assert target["image_id"] == 1
@@ -340,3 +341,11 @@ def test_what_workers_leave_out_is_counted_too(workers, context, mixed):
     ids = sorted(target["image_id"] for _, targets in loader for target in targets)
     assert ids == [0, 1, 3, 4, 6, 7, 8, 10, 11]
     assert (dataset.skipped, dataset.dropped) == (3, 3)
+
+
+def test_boxes_that_are_left_out_are_named_by_their_image(tmp_path):
+    rows = [row(7, boxes=[(1, 1, 5, 5), (4, 4, 4, 6), (9, 9, 9, 9)])]
+    dataset = stream(write(tmp_path, rows))
+    with pytest.warns(UserWarning, match=r"^image_id 7: 2 boxes left out, not finite or without"):
+        assert image_ids(dataset) == [7]
+    assert dataset.dropped == 2
