@@ -37,7 +37,7 @@ def picture(height=100, width=100):
     )
 
 
-# Boxes
+# --- boxes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_rectangle_lands_on_its_pixels(ax):
     )  # continuous coordinates: 0 is the edge of the picture
 
 
-# Labels
+# --- labels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_label_keeps_to_its_box_in_the_middle(ax):
     assert ax.texts[0].get_position() == (20, 40)
 
 
-# Colours
+# --- colours --------------------------------------------------------------------------
 
 
 def test_palette_colours_are_distinct():
@@ -191,10 +191,10 @@ def test_one_colour_for_all_boxes(ax):
     assert {(patch.get_linestyle(), patch.get_linewidth()) for patch in ax.patches} == {("--", 3)}
 
 
-# Pictures
+# --- pictures -------------------------------------------------------------------------
 
 
-def test_to_picture_undoes_the_normalisation():
+def test_to_picture_undoes_image_to_tensor():
     original = picture(7, 5)
     shown = frcnn.to_picture(frcnn.image_to_tensor(original))
     assert shown.shape == (7, 5, 3)
@@ -226,7 +226,7 @@ def test_image_is_drawn_without_axis(kind, ax):
     assert not ax.axison
 
 
-# Files
+# --- files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -244,7 +244,7 @@ def test_figure_file_is_the_same_twice(name, monkeypatch, tmp_path):
 
 
 def test_figures_go_where_the_environment_says(tmp_path):
-    code = "import frcnn_common as f; from matplotlib.figure import Figure; f.save_figure(Figure((1, 1)), 'a.png')"
+    code = "import frcnn_common as f, matplotlib.figure as m; f.save_figure(m.Figure(), 'a.png')"
     environment = os.environ | {"FRCNN_FIGURES": str(tmp_path / "there")}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "a.png"]
