@@ -93,13 +93,13 @@ def ids(source: object, start: str, seconds: float) -> list[list[int]]:
 def test_workers_give_the_same_however_they_are_started(source, shards, monkeypatch):
     """Forked, from this process which has computed before, and spawned, as on Windows and Macs.
 
-    A worker that hangs ends the test after a minute.
+    A worker that hangs ends the test after three minutes.
     """
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     source = shards if source == "shards" else source
     next(iter(frcnn.COCOStreamDataset("train", 12, str(source), 64)))
     frcnn.tiny_faster_rcnn().eval()(torch.zeros(1, 3, 64, 64))
-    forked, spawned = (ids(source, start, 60) for start in ("fork", "spawn"))
+    forked, spawned = (ids(source, start, 180) for start in ("fork", "spawn"))
     assert forked == spawned
     assert sorted(itertools.chain.from_iterable(forked)) == list(range(12))
     assert forked != [[2 * i, 2 * i + 1] for i in range(6)]

@@ -919,7 +919,7 @@ print(float(sum(p.double().sum() for p in frcnn.tiny_detector().state_dict().val
         )
         for pair in (("a", "b"), ("b", "a"))
     ]
-    sums = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    sums = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     assert len(list(tmp_path.glob("trained-*"))) == 1
     assert sums[0] == sums[1]
 
