@@ -10,13 +10,8 @@ from torch import nn
 import frcnn_common as frcnn
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def awake(backbone: frcnn.ResNet50) -> frcnn.ResNet50:
-    """Residual branches begin at 0; give them weights, and the norms statistics, so that every layer matters."""
+    """Residual branches begin at 0: give weights and statistics, so that every layer matters."""
     for module in backbone.modules():
         if isinstance(module, (nn.BatchNorm2d, frcnn.FrozenBatchNorm2d)):
             nn.init.uniform_(module.weight, 0.5, 1)
@@ -30,7 +25,7 @@ def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.named_buffers() if "running" in name}
 
 
-# --- ResNet ----------------------------------------------------------------------------------------------------------
+# --- ResNet ---------------------------------------------------------------------------
 
 
 def test_bottleneck_has_its_stride_on_the_3x3():
@@ -57,8 +52,8 @@ def test_stages_have_3_4_6_3_blocks():
 
 
 def test_maps_of_a_400_px_image():
-    with torch.no_grad():
-        maps = frcnn.ResNet50().eval()(torch.randn(1, 3, 400, 400))
+    with torch.device("meta"):  # shapes without values
+        maps = frcnn.ResNet50().eval()(torch.empty(1, 3, 400, 400))
     assert [tuple(m.shape[1:]) for m in maps] == [
         (256, 100, 100),
         (512, 50, 50),
@@ -74,11 +69,12 @@ def test_narrow_widths_scale_all_channels():
 
 
 def test_default_width_has_torchvisions_parameters():
-    reference = torchvision.models.resnet50()
+    with torch.device("meta"):
+        reference, backbone = torchvision.models.resnet50(), frcnn.ResNet50()
     count = sum(p.numel() for name, p in reference.named_parameters() if not name.startswith("fc"))
     assert count == 23_508_032
-    assert sum(p.numel() for p in frcnn.ResNet50().parameters()) == count
-    assert frcnn.ResNet50().out_channels == [256, 512, 1024, 2048]
+    assert sum(p.numel() for p in backbone.parameters()) == count
+    assert backbone.out_channels == [256, 512, 1024, 2048]
 
 
 def test_with_torchvisions_weights_the_maps_are_torchvisions():
@@ -103,7 +99,7 @@ def test_with_torchvisions_weights_the_maps_are_torchvisions():
             torch.testing.assert_close(mine_map, its_map, atol=1e-4, rtol=1e-4)
 
 
-# --- frozen stages ---------------------------------------------------------------------------------------------------
+# --- frozen stages --------------------------------------------------------------------
 
 
 def test_frozen_stages_get_no_gradient():
@@ -198,7 +194,7 @@ def test_frozen_batch_norm_is_batch_norm_in_eval_mode():
     torch.testing.assert_close(frozen.train()(x), live.eval()(x), atol=1e-5, rtol=0)
 
 
-# --- checkpointing ---------------------------------------------------------------------------------------------------
+# --- checkpointing --------------------------------------------------------------------
 
 
 def count_calls(stage: nn.Module) -> list:
@@ -254,15 +250,13 @@ def test_checkpointing_leaves_frozen_stages_out(monkeypatch):
     assert len(stages) == 2
 
 
-# --- pyramid ---------------------------------------------------------------------------------------------------------
+# --- pyramid --------------------------------------------------------------------------
 
 
 def test_pyramid_of_a_400_px_image():
-    maps = [
-        torch.randn(2, c, s, s)
-        for c, s in zip((256, 512, 1024, 2048), (100, 50, 25, 13), strict=True)
-    ]
-    pyramid = frcnn.FPN()(tuple(maps))
+    sizes = zip((256, 512, 1024, 2048), (100, 50, 25, 13), strict=True)
+    with torch.device("meta"):
+        pyramid = frcnn.FPN()(tuple(torch.empty(2, c, s, s) for c, s in sizes))
     assert [tuple(p.shape) for p in pyramid] == [(2, 256, s, s) for s in (100, 50, 25, 13, 7)]
 
 

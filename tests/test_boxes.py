@@ -1,28 +1,32 @@
-"""Constants and box arithmetic, against closed forms, torchvision's operators and a naive loop."""
+"""Constants, IoU, clipping, encode and decode, NMS.
 
+Held against closed forms, torchvision's operators and naive loops, also for boxes of chance.
+"""
+
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from conftest import (
+    INF,
+    NAN,
+    any_box,
+    chance,
+    coder_weights,
+    hostile_boxes,
+    random_boxes,
+    small_box,
+    solid_box,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 
 import frcnn_common as frcnn
 
-
-def random_boxes(
-    count: int, seed: int = 0, side: float = 200.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overlapping boxes ``[N, 4]`` and scores ``[N]``."""
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(count, 2, generator=generator) * side
-    size = torch.rand(count, 2, generator=generator) * side / 2 + 1
-    return torch.cat((corner, corner + size), dim=1), torch.rand(count, generator=generator)
-
-
-# --- constants -------------------------------------------------------------------------------------------------------
+# --- constants ------------------------------------------------------------------------
 
 
 def test_names_are_background_and_80_categories_in_coco_order():
@@ -60,7 +64,24 @@ def test_imagenet_statistics_broadcast_over_an_image():
     assert isinstance(frcnn.DEVICE, torch.device)
 
 
-# --- IoU -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("cuda", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_device_of_a_mac_is_its_cpu(cuda, expected, monkeypatch):
+    """CUDA where there is one, else the CPU: MPS is never taken unasked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *arguments, **options: True)
+    monkeypatch.setattr(
+        torch.accelerator,
+        "current_accelerator",
+        lambda *arguments, **options: torch.device("cuda" if cuda else "mps"),
+    )
+    spec = importlib.util.spec_from_file_location("frcnn_on_a_mac", frcnn.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.DEVICE.type == expected
+
+
+# --- IoU ------------------------------------------------------------------------------
 
 
 def test_iou_of_hand_made_boxes():
@@ -108,12 +129,42 @@ def test_iou_leaves_its_inputs_alone():
     assert torch.equal(b, before[1])
 
 
+@chance
+@given(hostile_boxes, hostile_boxes)
+def test_iou_of_hostile_boxes_lies_in_0_to_1_and_equals_torchvision(a, b):
+    iou = frcnn.box_iou(a, b)
+    assert (iou.dtype, tuple(iou.shape)) == (torch.float32, (len(a), len(b)))
+    assert ((iou >= 0) & (iou <= 1)).all()  # NaN would be neither
+    assert torch.equal(iou, frcnn.box_iou(b, a).T)
+    expected = torchvision.ops.box_iou(a, b)
+    torch.testing.assert_close(
+        iou, expected.nan_to_num(0), atol=1e-6, rtol=1e-5
+    )  # there 0/0 is NaN
+    own = frcnn.box_iou(a, a).diagonal()
+    assert torch.equal(own, (frcnn.box_area(a) > 0).float())
+
+
+# --- clip -----------------------------------------------------------------------------
+
+
 def test_clip_uses_height_and_width_in_their_places():
     boxes = torch.tensor([[-5.0, -6, 500, 600]])
     assert frcnn.clip_boxes(boxes, torch.tensor([100, 200])).tolist() == [[0, 0, 200, 100]]
 
 
-# --- encode and decode -----------------------------------------------------------------------------------------------
+@chance
+@given(hostile_boxes, st.integers(1, 1333), st.integers(1, 1333))
+def test_clip_of_hostile_boxes_lies_inside_and_stays_there(boxes, height, width):
+    size = torch.tensor([height, width])
+    clipped = frcnn.clip_boxes(boxes, size)
+    assert (clipped >= 0).all()
+    assert (clipped <= torch.tensor([width, height, width, height])).all()
+    assert (clipped[:, 2:] >= clipped[:, :2]).all()
+    assert torch.equal(frcnn.clip_boxes(clipped, size), clipped)
+    assert torch.equal(clipped, torchvision.ops.clip_boxes_to_image(boxes, (height, width)))
+
+
+# --- encode and decode ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (10, 10, 5, 5)])
@@ -133,6 +184,16 @@ def test_decode_undoes_encode(weights):
         proposals, frcnn.encode_boxes(proposals, gt, weights), weights, max_log_scale=6.0
     )
     torch.testing.assert_close(decoded, gt, atol=1e-3, rtol=0)
+
+
+@chance
+@given(st.lists(st.tuples(solid_box, solid_box), min_size=1, max_size=20), coder_weights)
+def test_decode_undoes_encode_for_boxes_of_chance(pairs, weights):
+    proposals, targets = torch.tensor(pairs).float().unbind(1)
+    deltas = frcnn.encode_boxes(proposals, targets, weights)
+    assert deltas.isfinite().all()
+    decoded = frcnn.decode_boxes(proposals, deltas, weights, max_log_scale=20)
+    torch.testing.assert_close(decoded, targets, atol=0.02, rtol=1e-4)
 
 
 def test_encode_and_decode_equal_torchvisions_coder():
@@ -209,7 +270,7 @@ def test_decode_broadcasts_one_anchor_over_classes():
     torch.testing.assert_close(decoded[1, 2], frcnn.decode_boxes(anchors[1], deltas[1, 2]))
 
 
-# --- NMS -------------------------------------------------------------------------------------------------------------
+# --- NMS ------------------------------------------------------------------------------
 
 
 def overlaps(a, b) -> np.float32:
@@ -222,7 +283,7 @@ def overlaps(a, b) -> np.float32:
 
 
 def greedy(boxes: list, scores: list, groups: list, threshold: float) -> list[int]:
-    """The sentence itself: best first, keep a box unless a kept one of its group overlaps it by more."""
+    """Best first, keep a box unless a kept one of its group overlaps it by more."""
     kept = []
     for i in sorted(range(len(scores)), key=lambda i: -scores[i]):  # Python's sort is stable
         if all(
@@ -253,7 +314,8 @@ def test_nms_equals_torchvision_in_indices_and_order(count, threshold):
 
 @pytest.mark.parametrize("threshold", [0.1, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.6, 0.7, 0.75])
 def test_nms_decides_exact_ties_as_torchvision_does(threshold):
-    # Few integers: many pairs whose IoU is exactly the threshold. float32(0.3) > 0.3, float32(0.7) < 0.7.
+    # Few integers: many pairs whose IoU is exactly the threshold.
+    # float32(0.3) > 0.3, float32(0.7) < 0.7.
     generator = torch.Generator().manual_seed(14)
     corner = torch.randint(0, 12, (600, 2), generator=generator)
     size = torch.randint(1, 11, (600, 2), generator=generator)
@@ -287,7 +349,8 @@ def test_nms_takes_tied_scores_in_input_order():
 
 
 def test_nms_follows_chains():
-    # Each overlaps only its neighbour: 0 removes 1, so 2 lives and removes 3, ... across block borders.
+    # Each overlaps only its neighbour: 0 removes 1, so 2 lives and removes 3,
+    # and so on across block borders.
     count = 3 * frcnn._NMS_BLOCK + 5
     left = torch.arange(count) * 4.0
     boxes = torch.stack((left, torch.zeros(count), left + 10, torch.full((count,), 10.0)), dim=1)
@@ -303,6 +366,9 @@ def test_nms_keeps_boxes_without_area():
 def test_nms_in_half_precision_does_not_overflow():
     boxes = torch.tensor([[0, 0, 300, 300], [0, 0, 300, 299], [0, 0, 300, 60]], dtype=torch.float16)
     assert frcnn.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
+
+
+# --- batched NMS ----------------------------------------------------------------------
 
 
 def test_batched_nms_suppresses_only_inside_a_group():
@@ -347,13 +413,15 @@ def test_batched_nms_of_nothing():
     assert kept.dtype == torch.int64
 
 
+# --- NMS of boxes of chance, alone and in groups --------------------------------------
+
 boxes_of_few_values = st.tuples(*[st.integers(0, 9)] * 2, *[st.integers(0, 6)] * 2).map(
     lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
 )
 rows = st.lists(st.tuples(boxes_of_few_values, st.integers(0, 5), st.integers(0, 2)), max_size=40)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@chance
 @given(rows, st.sampled_from([0.0, 0.2, 0.3, 0.5, 0.7, 1.0]), st.sampled_from([2, 7, 128]))
 def test_nms_equals_the_naive_loop(rows, threshold, block):
     boxes, scores, groups = map(list, zip(*rows)) if rows else ([], [], [])
@@ -365,3 +433,47 @@ def test_nms_equals_the_naive_loop(rows, threshold, block):
         )
         kept = frcnn.batched_nms(*tensors, torch.tensor(groups, dtype=torch.int64), threshold)
     assert kept.tolist() == greedy(boxes, scores, groups, threshold)
+
+
+any_score = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0, INF, -INF, 1e-45])
+scored = st.lists(
+    st.tuples(any_box | small_box, any_score, st.sampled_from([0, 1, 7, 80, 10**6])), max_size=40
+)
+
+
+def as_tensors(rows: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    boxes, scores, groups = ([row[i] for row in rows] for i in range(3))
+    return (
+        torch.tensor(boxes).reshape(-1, 4).float(),
+        torch.tensor(scores).float(),
+        torch.tensor(groups).long(),
+    )
+
+
+@chance
+@given(scored, st.sampled_from([0.0, 0.3, 0.5, 0.7, 1.0]))
+def test_nms_of_hostile_boxes_equals_torchvision(rows, threshold):
+    boxes, scores, groups = as_tensors(rows)
+    assert torch.equal(
+        frcnn.nms(boxes, scores, threshold), torchvision.ops.nms(boxes, scores, threshold)
+    )
+    kept = []
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        kept += members[torchvision.ops.nms(boxes[members], scores[members], threshold)].tolist()
+    expected = sorted(kept, key=lambda i: (-scores[i].item(), i))
+    assert frcnn.batched_nms(boxes, scores, groups, threshold).tolist() == expected
+
+
+@chance
+@given(scored)
+def test_nms_keeps_a_box_that_is_not_a_number_and_suppresses_nothing_with_it(rows):
+    boxes, scores, _ = as_tensors(rows)
+    strange = torch.tensor([[NAN] * 4, [NAN, 0, 10, 10]])
+    with_strange = torch.cat((boxes, strange)), torch.cat((scores, torch.tensor([0.9, 0.1])))
+    kept = frcnn.nms(*with_strange, 0.5)
+    assert set(kept.tolist()) == {
+        *frcnn.nms(boxes, scores, 0.5).tolist(),
+        len(boxes),
+        len(boxes) + 1,
+    }

@@ -1,28 +1,29 @@
-"""The whole detector: its contract, its losses, its detections, and what it says about bad targets."""
+"""The whole detector: what it promises, its detections, its losses, and bad targets.
+
+For images of every size and for batches in which objects or proposals are missing.
+"""
 
 import ast
+import itertools
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conftest import INF, NAN, assert_trains, objects
 from torch import nn
 
 import frcnn_common as frcnn
 
 CLASSES = 6
+SIDE = 96
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def make_detector(classes: int = CLASSES, **options) -> frcnn.FasterRCNN:
+def make_detector(classes: int = CLASSES, norm=None, **options) -> frcnn.FasterRCNN:
     """Narrow, for 128-px images, and with outputs that differ from box to box."""
     torch.manual_seed(0)
-    backbone = frcnn.ResNet50(width=8)
+    backbone = frcnn.ResNet50(8, norm) if norm else frcnn.ResNet50(8)
     fpn = frcnn.FPN(backbone.out_channels, 16)
     anchors = frcnn.AnchorGenerator((16, 32, 64, 128, 256))
     rpn = frcnn.RegionProposalNetwork(frcnn.RPNHead(16), anchors, 200, 100, min_sz=4)
@@ -35,6 +36,16 @@ def make_detector(classes: int = CLASSES, **options) -> frcnn.FasterRCNN:
         (detector.predictor.cls, 0.5),
     ]:
         nn.init.normal_(layer.weight, std=std)
+    return detector
+
+
+def constant_detector() -> frcnn.FasterRCNN:
+    """With constant batch norm: an image does not see its neighbours."""
+    detector = make_detector(norm=frcnn.FrozenBatchNorm2d)
+    for module in detector.backbone.modules():
+        if isinstance(module, frcnn.Bottleneck):
+            module.bn3.weight.fill_(0.2)  # else sixteen blocks add up to thousands
+    detector.SCORE_THR = 0.1
     return detector
 
 
@@ -68,7 +79,30 @@ def no_deltas(count: int, classes: int = CLASSES) -> torch.Tensor:
     return torch.zeros(count, classes, 4)
 
 
-# --- contract --------------------------------------------------------------------------------------------------------
+def assert_detects(
+    results: list[dict], proposals: list[torch.Tensor], sizes: list[tuple[int, int]]
+) -> None:
+    """Types, shapes, ranges and order of what `FasterRCNN` promises outside training."""
+    assert len(results) == len(proposals) == len(sizes)
+    for result, boxes, (height, width) in zip(results, proposals, sizes, strict=True):
+        count, limit = len(result["boxes"]), torch.tensor([width, height])
+        assert {name: (value.dtype, tuple(value.shape)) for name, value in result.items()} == {
+            "boxes": (torch.float32, (count, 4)),
+            "scores": (torch.float32, (count,)),
+            "labels": (torch.int64, (count,)),
+        }
+        assert (boxes.dtype, tuple(boxes.shape)) == (torch.float32, (len(boxes), 4))
+        for corners in (result["boxes"], boxes):
+            assert corners.isfinite().all()
+            assert (corners >= 0).all()
+            assert (corners[:, 2:] <= limit).all()
+            assert (corners[:, 2:] >= corners[:, :2]).all()
+        assert (result["scores"].diff() <= 0).all()
+        assert ((result["scores"] > 0) & (result["scores"] <= 1)).all()
+        assert (result["labels"] >= 1).all()
+
+
+# --- contract -------------------------------------------------------------------------
 
 
 def test_module_takes_published_weights_and_nothing_else_from_torchvision():
@@ -99,7 +133,8 @@ def test_settings_are_the_papers():
 
 
 def test_default_detector_freezes_the_stem_and_layers_1_to_3():
-    detector = frcnn.FasterRCNN()
+    with torch.device("meta"):
+        detector = frcnn.FasterRCNN()
     assert {"backbone", "fpn", "rpn", "roi_align", "box_head", "predictor"} <= dict(
         detector.named_children()
     ).keys()
@@ -178,6 +213,22 @@ def test_an_image_alone_and_in_a_batch_is_seen_alike():
     assert all(len(result["boxes"]) > 5 for result in together)
 
 
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e30])
+def test_an_image_of_no_numbers_leaves_its_neighbours_alone(value):
+    model = constant_detector().eval()
+    images = torch.randn(3, 3, SIDE, SIDE)
+    with torch.no_grad():
+        expected, _ = model(images[[0, 2]])
+        images[1, 0, 40:50, 40:50] = value
+        results, proposals = model(images)
+    assert_detects(results, proposals, [(SIDE, SIDE)] * 3)
+    for result, other in zip([results[0], results[2]], expected, strict=True):
+        assert len(other["boxes"]) > 3
+        assert torch.equal(result["labels"], other["labels"])
+        torch.testing.assert_close(result["boxes"], other["boxes"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(result["scores"], other["scores"], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("size", [(101, 203), (64, 64), (33, 150)])
 def test_odd_sizes_work(size):
     detector = make_detector()
@@ -189,6 +240,26 @@ def test_odd_sizes_work(size):
     with torch.no_grad():
         results, _ = detector.eval()(torch.randn(1, 3, *size))
     assert results[0]["boxes"].isfinite().all()
+
+
+SIZES = [(33, 33), (33, 1333), (1333, 33), (35, 901), (97, 641), (255, 333)]
+LARGE = [(799, 1333), (1333, 1333)]
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "size", [*SIZES, *(pytest.param(size, marks=pytest.mark.slow) for size in LARGE)]
+)
+def test_every_size_from_33_to_1333_trains_and_detects(size, amp):
+    model, images = frcnn.tiny_faster_rcnn(), torch.randn(2, 3, *size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        losses = model.train()(images, [objects(3, *size, 81), objects(0, *size, 81)])
+        model.SCORE_THR = 0.0
+        with torch.no_grad():
+            results, proposals = model.eval()(images)
+    assert_trains(model, losses)
+    assert_detects(results, proposals, [size] * 2)
+    assert all(len(result["boxes"]) > 0 for result in results)
 
 
 def test_bfloat16_autocast_gives_finite_float32_results():
@@ -210,7 +281,7 @@ def test_bfloat16_autocast_gives_finite_float32_results():
         assert result["scores"].isfinite().all()
 
 
-# --- detections ------------------------------------------------------------------------------------------------------
+# --- detections -----------------------------------------------------------------------
 
 SQUARES = torch.tensor([[10.0, 10, 60, 60], [100, 100, 180, 180], [200, 20, 260, 80]])
 
@@ -253,6 +324,16 @@ def test_nms_keeps_images_apart():
     )
     assert [len(result["labels"]) for result in found] == [1, 1]
     assert [result["scores"].item() for result in found] == pytest.approx([0.9, 0.8], abs=1e-4)
+
+
+def test_an_image_without_detections_between_others_stays_empty():
+    model, box = constant_detector(), torch.tensor([[10.0, 10, 60, 60], [70, 10, 90, 60]])
+    sure, unsure = torch.tensor([0.0, 9, 0, 0, 0, 0]), torch.tensor([9.0, 0, 0, 0, 0, 0])
+    logits = torch.stack((sure, sure, unsure, unsure, sure))
+    proposals = [box, box, box[:0], box[:1]]
+    results = model.detections(logits, torch.zeros(5, CLASSES, 4), proposals, [(SIDE, SIDE)] * 4)
+    assert [len(result["boxes"]) for result in results] == [2, 0, 0, 1]
+    assert_detects(results, proposals, [(SIDE, SIDE)] * 4)
 
 
 def test_every_class_moves_the_box_by_its_own_deltas():
@@ -363,7 +444,7 @@ def test_no_detections_give_empty_results():
         assert_empty(result)
 
 
-# --- sampling and losses of the second stage -------------------------------------------------------------------------
+# --- sampling and losses of the second stage ------------------------------------------
 
 
 def crowd(positives: int, negatives: int) -> tuple[list[torch.Tensor], list[dict]]:
@@ -461,6 +542,44 @@ def test_losses_equal_torchvisions():
     torch.testing.assert_close(losses["roi_box"], box)
 
 
+def everything_is_sampled(model: frcnn.FasterRCNN) -> frcnn.FasterRCNN:
+    """No chance remains: all anchors and all proposals count."""
+    model.rpn.RPN_BATCH = model.ROI_BATCH = 10**6
+    model.rpn.POS_FRAC = model.ROI_POS_FRAC = 0.5
+    return model
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 1), (0, 0, 4), (1, 40, 2)])
+def test_losses_of_a_batch_are_those_of_its_images_weighted_by_their_samples(counts):
+    model = everything_is_sampled(constant_detector()).train()
+    images = torch.randn(3, 3, SIDE, SIDE) * torch.tensor([1.0, 3.0, 0.3]).view(3, 1, 1, 1)
+    targets = [objects(count, SIDE, SIDE, CLASSES) for count in counts]
+    seen = {}
+    model.rpn.register_forward_hook(lambda module, maps, result: seen.update(proposals=result[0]))
+    model.rpn.anchor_gen.register_forward_hook(
+        lambda module, maps, result: seen.update(anchors=result)
+    )
+    expected, anchors_sampled, proposals_sampled = dict.fromkeys(frcnn.LOSS_NAMES, 0.0), 0, 0
+    for i, target in enumerate(targets):
+        alone = model(images[i : i + 1], [target])
+        labels, _ = frcnn.match_boxes(seen["anchors"], target["boxes"], 0.7, 0.3, True)
+        weights = {
+            "rpn": int((labels >= 0).sum()),
+            "roi": len(seen["proposals"][0]) + len(target["boxes"]),
+        }
+        for name, loss in alone.items():
+            expected[name] += loss.item() * weights[name[:3]]
+        anchors_sampled, proposals_sampled = (
+            anchors_sampled + weights["rpn"],
+            proposals_sampled + weights["roi"],
+        )
+    together = model(images, targets)
+    for name, loss in together.items():
+        mean = expected[name] / (anchors_sampled if name.startswith("rpn") else proposals_sampled)
+        assert loss.item() == pytest.approx(mean, rel=1e-4), name
+    assert all(loss > 0 for loss in together.values())
+
+
 def test_sampled_proposals_carry_no_gradient():
     boxes = torch.rand(5, 4).cumsum(1).requires_grad_()
     sampled, _, expected = make_detector().sample_proposals([boxes], targets_of(2))
@@ -468,7 +587,7 @@ def test_sampled_proposals_carry_no_gradient():
     assert not expected.requires_grad
 
 
-# --- targets ---------------------------------------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(0, 2), (2, 0), (0, 0)])
@@ -493,8 +612,46 @@ def test_neither_objects_nor_proposals_train():
     assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
 
 
+KINDS = {  # objects, true size: of one pixel no proposal is large enough
+    "objects and proposals": (3, (SIDE, SIDE)),
+    "no objects": (0, (SIDE, SIDE)),
+    "no proposals": (3, (1, 1)),
+    "neither": (0, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kinds", list(itertools.combinations_with_replacement(KINDS, 2)), ids=" + ".join
+)
+def test_batches_of_every_mixture_train_and_detect(kinds, amp):
+    counts, sizes = zip(*(KINDS[kind] for kind in kinds), strict=True)
+    model, images = make_detector(), torch.randn(2, 3, SIDE, SIDE)
+    model.SCORE_THR = 0.1
+    targets = [objects(count, SIDE, SIDE, CLASSES) for count in counts]
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        losses = model.train()(images, targets, sizes)
+        with torch.no_grad():
+            results, proposals = model.eval()(images, image_sizes=sizes)
+    assert_trains(model, losses)
+    assert_detects(results, proposals, sizes)
+    assert [len(boxes) > 0 for boxes in proposals] == [size != (1, 1) for size in sizes]
+    assert [len(result["boxes"]) > 0 for result in results] == [size != (1, 1) for size in sizes]
+    assert (losses["rpn_box"] > 0) == (losses["roi_box"] > 0) == any(counts)
+    assert (losses["roi_cls"] > 0) == (set(kinds) != {"neither"})
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_more_objects_than_anchors_train(count):
+    model = frcnn.tiny_faster_rcnn().train()
+    anchors = []
+    model.rpn.anchor_gen.register_forward_hook(lambda module, maps, result: anchors.append(result))
+    losses = model(torch.randn(2, 3, 33, 33), [objects(count, 33, 33, 81), objects(1, 33, 33, 81)])
+    assert count > 2 * len(anchors[0])
+    assert_trains(model, losses)
+
+
 GOOD = [[10.0, 10, 50, 50]]
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(

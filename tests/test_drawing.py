@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 import frcnn_common as frcnn
+import frcnn_lesson
 
 BOXES = [[10.0, 20.0, 40.0, 60.0], [50.0, 30.0, 90.0, 95.0]]
 
@@ -37,7 +38,7 @@ def picture(height=100, width=100):
     )
 
 
-# Boxes
+# --- boxes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_rectangle_lands_on_its_pixels(ax):
     )  # continuous coordinates: 0 is the edge of the picture
 
 
-# Labels
+# --- labels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_label_keeps_to_its_box_in_the_middle(ax):
     assert ax.texts[0].get_position() == (20, 40)
 
 
-# Colours
+# --- colours --------------------------------------------------------------------------
 
 
 def test_palette_colours_are_distinct():
@@ -191,10 +192,10 @@ def test_one_colour_for_all_boxes(ax):
     assert {(patch.get_linestyle(), patch.get_linewidth()) for patch in ax.patches} == {("--", 3)}
 
 
-# Pictures
+# --- pictures -------------------------------------------------------------------------
 
 
-def test_to_picture_undoes_the_normalisation():
+def test_to_picture_undoes_image_to_tensor():
     original = picture(7, 5)
     shown = frcnn.to_picture(frcnn.image_to_tensor(original))
     assert shown.shape == (7, 5, 3)
@@ -226,7 +227,7 @@ def test_image_is_drawn_without_axis(kind, ax):
     assert not ax.axison
 
 
-# Files
+# --- files ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -235,7 +236,7 @@ def test_figure_file_is_the_same_twice(name, monkeypatch, tmp_path):
     for folder in ("one", "two"):
         ax = Figure(figsize=(2, 2)).subplots()
         frcnn.draw_boxes(ax, picture(), BOXES, [1, 2], [0.5, 0.6])
-        monkeypatch.setattr(frcnn, "FIGURES", tmp_path / folder)
+        monkeypatch.setattr(frcnn_lesson, "FIGURES", tmp_path / folder)
         frcnn_lesson.save_figure(ax.figure, name)
         files.append((tmp_path / folder / name).read_bytes())
     assert len(files[0]) > 1000
@@ -244,7 +245,7 @@ def test_figure_file_is_the_same_twice(name, monkeypatch, tmp_path):
 
 
 def test_figures_go_where_the_environment_says(tmp_path):
-    code = "import frcnn_common as f; from matplotlib.figure import Figure; f.save_figure(Figure((1, 1)), 'a.png')"
+    code = "import frcnn_common as f, matplotlib.figure as m; f.save_figure(m.Figure(), 'a.png')"
     environment = os.environ | {"FRCNN_FIGURES": str(tmp_path / "there")}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "a.png"]

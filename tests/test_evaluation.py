@@ -1,9 +1,14 @@
-"""COCO's figures: ground truth handed in as predictions scores 1.0, and every slip scores less."""
+"""From detections to COCO's figures: `detect`, `detect_dataset`, `coco_evaluation`, `evaluate`.
+
+Ground truth handed in as predictions scores 1.0, and every slip scores less.
+"""
 
 import json
 
+import PIL.Image
 import pytest
 import torch
+from conftest import GOOD, assert_trains, row, stream, write
 
 import frcnn_common as frcnn
 
@@ -47,7 +52,7 @@ def truth(dataset):
 
 
 def image(boxes=(), labels=None, area=None, image_id=1):
-    """One image of 100 × 100 px for `coco_evaluation`; as truth where it has areas, else as a result."""
+    """One image of 100 × 100 px for `coco_evaluation`, as truth and as a result."""
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     labels = torch.ones(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
     area = frcnn.box_area(boxes) if area is None else torch.tensor(area)
@@ -63,7 +68,7 @@ def figures(truth, results, annotations=None):
     return dict(zip(NAMES, stats, strict=True))
 
 
-# Ground truth as predictions
+# --- ground truth as predictions ------------------------------------------------------
 
 
 def test_ground_truth_scores_1(truth):
@@ -106,12 +111,12 @@ def test_boxes_come_back_in_pixels_of_the_original(coco_tiny):
             )
 
 
-# COCO's own file
+# --- COCO's own file ------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def official(coco_tiny):
-    """COCO's file, the images of our set, and for each the file's boxes: one of crowds or one of single objects."""
+    """COCO's file, the images of our set, and the file's boxes of each, with crowds or without."""
     path = coco_tiny / "instances_val.json"
     dataset = make_dataset(coco_tiny, 50)
     truth, _ = frcnn.detect_dataset(Replay(dataset), dataset)
@@ -181,7 +186,7 @@ def test_foreign_annotation_file_is_refused(content, tmp_path):
         frcnn.coco_evaluation([image([[0, 0, 9, 9]])], [image([[0, 0, 9, 9]])], path)
 
 
-# Records as pycocotools wants them
+# --- records as pycocotools wants them ------------------------------------------------
 
 
 def test_category_ids_are_official():
@@ -210,7 +215,7 @@ def test_boxes_are_corner_and_size_in_the_records():
     assert evaluation.cocoDt.dataset["annotations"][0]["bbox"] == [11, 22, 33, 66]
 
 
-# Known figures
+# --- known figures --------------------------------------------------------------------
 
 
 def test_iou_decides_which_figure_counts():
@@ -250,7 +255,7 @@ def test_detection_on_an_image_without_objects_is_a_mistake():
     assert figures(truth, found)["AP"] == pytest.approx(0.5)
 
 
-# Nothing found, nothing there
+# --- nothing found, nothing there -----------------------------------------------------
 
 
 def test_no_detections_score_0(truth):
@@ -273,7 +278,7 @@ def test_data_set_without_images_is_refused(monkeypatch):
         frcnn.evaluate(Replay([]), make_dataset("glyphs"))
 
 
-# The model
+# --- the model ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -292,3 +297,30 @@ def test_evaluate_leaves_the_mode(training):
 def test_evaluate_prints_nothing(dataset, capsys):
     frcnn.evaluate(Replay(dataset), dataset)
     assert capsys.readouterr().out == ""
+
+
+# --- detect ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1, 1)])
+@pytest.mark.parametrize("image_size", [33, 128, (40, 67)])
+def test_detect_on_lines_and_dots_that_also_train(size, image_size):
+    picture = PIL.Image.fromarray(torch.rand(size[1], size[0], 3).mul(255).byte().numpy())
+    pixels, (height, width) = frcnn.prepare_image(picture, image_size)
+    model = frcnn.tiny_faster_rcnn().train()
+    target = {"boxes": torch.tensor([[0.0, 0, width, height]]), "labels": torch.tensor([80])}
+    images = torch.stack((pixels, pixels))
+    assert_trains(model, model(images, [target] * 2, [(height, width)] * 2))
+    model.SCORE_THR, model.rpn.min_sz = 0.0, 0.5
+    found = frcnn.detect(model, picture, image_size)
+    assert len(found["boxes"]) > 0
+    assert found["boxes"].isfinite().all()
+    assert (found["boxes"][:, 2:] <= torch.tensor(size) + 1e-2).all()
+
+
+def test_two_images_of_one_image_id_are_not_scored_as_one(tmp_path):
+    source = write(
+        tmp_path / "data", [row(i, boxes=[GOOD] * 20) for i in (1, 2, 1, 3)], split="val"
+    )
+    with pytest.raises(ValueError, match=r"1 images come more than once, such as image_id 1$"):
+        frcnn.evaluate(frcnn.tiny_faster_rcnn(), stream(source, "val", 64))

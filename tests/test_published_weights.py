@@ -1,7 +1,11 @@
-"""torchvision's detector inside these classes: same weights and input, same features, boxes and losses."""
+"""Published weights: torchvision's detector inside these classes, and how its files are read.
+
+Same weights and input give the same features, boxes and losses.
+"""
 
 import functools
 
+import PIL.Image
 import pytest
 import torch
 import torchvision
@@ -14,12 +18,15 @@ import frcnn_common as frcnn
 UNUSED = sorted(set(range(91)) - set(frcnn.COCO_CATEGORY_IDS))
 USED = list(frcnn.COCO_CATEGORY_IDS)
 # P6's stride is the padded size // its cells: 64 only where both sides divide by 64.
-SIZES = [(256, 320), (416, 416), (800, 1088)]
+SIZES = [(256, 320), (416, 416), pytest.param((800, 1088), marks=pytest.mark.slow)]
 EVERYTHING = 1_000_000  # sampled boxes: no random choice is left
 
 
+# --- torchvision's detector and ours --------------------------------------------------
+
+
 def random_torchvision_detector() -> torch.nn.Module:
-    """Seeded weights, statistics of batch norm that matter, and heads that give real scores to many classes."""
+    """Seeded weights, batch norm that matters, and heads that give real scores to many classes."""
     torch.manual_seed(0)
     theirs = fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, box_detections_per_img=100, min_size=800, max_size=1333
@@ -40,7 +47,8 @@ def random_torchvision_detector() -> torch.nn.Module:
             value.mul_(30 if "cls_logits" in name else 100)
         elif name.endswith("bbox_pred.weight"):
             value.mul_(5)
-    # Their softmax runs over 91 outputs. Published weights give next to nothing to the ten that COCO never used.
+    # Their softmax runs over 91 outputs.
+    # Published weights give next to nothing to the ten that COCO never used.
     with torch.no_grad():
         theirs.roi_heads.box_predictor.cls_score.bias[UNUSED] = -100
     frozen = functools.partial(torchvision.ops.FrozenBatchNorm2d, eps=0.0)
@@ -62,7 +70,7 @@ def pair():
 
 
 def image_batch(size: tuple[int, int]) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Two images, the second smaller and padded as torchvision pads it; of the large size the second alone."""
+    """Two images, the second smaller and padded; of the large size the second alone."""
     torch.manual_seed(2)
     height, width = size
     small = (height - 32, width - 48)
@@ -119,7 +127,10 @@ def test_stride_of_p6_follows_the_padded_size():
 
 
 def counterparts(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """For each of their boxes the nearest of ours, at most 0.05 px away. Equal scores may stand in another order."""
+    """For each of their boxes the nearest of ours, at most 0.05 px away.
+
+    Equal scores may stand in another order.
+    """
     assert len(theirs) == len(ours)
     distance, index = (theirs[:, None] - ours).abs().amax(dim=-1).min(dim=1)
     assert distance.max() < 0.05
@@ -186,55 +197,20 @@ def test_losses_are_torchvisions(size, everything_sampled):
         torch.testing.assert_close(loss, expected[name], rtol=1e-3, atol=0)
 
 
-def test_an_image_goes_in_as_torchvision_prepares_it(pair):
-    """From a photograph's pixels to the padded batch, and detections back in its own pixels."""
+def test_detect_finds_in_a_photograph_what_torchvision_finds(pair):
+    """From pixels to boxes in the same pixels."""
     theirs, ours = pair
-    rng = torch.Generator().manual_seed(3)
-    picture = torch.randint(0, 256, (427, 713, 3), generator=rng, dtype=torch.uint8).numpy()
+    picture = torch.randint(0, 256, (427, 713, 3), dtype=torch.uint8)
     theirs.transform.image_mean = frcnn.IMAGENET_MEAN.flatten().tolist()
     theirs.transform.min_size, theirs.transform.max_size = (256,), 420
-    expected, _ = theirs.transform([torch.from_numpy(picture).permute(2, 0, 1) / 255])
-    pixels, size = frcnn.prepare_image(frcnn.Image.fromarray(picture), (256, 420))
-    assert size == expected.image_sizes[0] == (251, 420)  # 420 is the limit that counts
-    assert pixels.shape == (3, 256, 448)
-    torch.testing.assert_close(pixels[None], expected.tensors, rtol=0, atol=1e-5)
     with torch.no_grad():
-        (their_result,) = theirs([torch.from_numpy(picture).permute(2, 0, 1) / 255])
-    found = frcnn.detect(ours, frcnn.Image.fromarray(picture), (256, 420))
+        (expected,) = theirs([picture.permute(2, 0, 1) / 255])
+    found = frcnn.detect(ours, PIL.Image.fromarray(picture.numpy()), (256, 420))
     assert len(found["boxes"]) > 10
-    counterparts(their_result["boxes"], found["boxes"])
+    counterparts(expected["boxes"], found["boxes"])
 
 
-@pytest.mark.parametrize(
-    ("picture", "size"),
-    [
-        ((640, 480), (800, 1066)[::-1]),
-        ((480, 640), (1066, 800)[::-1]),
-        ((20000, 1), (1333, 1)),
-        ((1, 1), (800, 800)),
-    ],
-)
-def test_short_side_800_long_side_at_most_1333(picture, size):
-    pixels, (height, width) = frcnn.prepare_image(frcnn.Image.new("RGB", picture), (800, 1333))
-    assert (width, height) == size
-    assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0
-    assert 0 <= pixels.shape[1] - height < 32
-    assert 0 <= pixels.shape[2] - width < 32
-
-
-def test_images_of_different_sizes_share_a_batch():
-    samples = [
-        (torch.ones(3, 64, 96), {"size": (60, 90)}),
-        (torch.ones(3, 96, 32), {"size": (96, 32)}),
-    ]
-    images, targets = frcnn.frcnn_collate_fn(samples)
-    assert images.shape == (2, 3, 96, 96)
-    assert images[0, 0].sum() == 64 * 96
-    assert images[1, 0, :, 32:].abs().sum() == 0
-    assert frcnn.sizes_without_padding(images, targets) == {"image_sizes": [(60, 90), (96, 32)]}
-
-
-# The files
+# --- the files ------------------------------------------------------------------------
 
 
 def test_old_names_of_the_published_file_are_known(pair):
@@ -251,6 +227,19 @@ def test_old_names_of_the_published_file_are_known(pair):
         assert torch.equal(other.state_dict()[key], value), key
 
 
+@pytest.fixture(scope="module")
+def imagenet() -> dict[str, torch.Tensor]:
+    """A file of ImageNet's weights."""
+    return torchvision.models.resnet50().state_dict()
+
+
+@pytest.fixture(scope="module")
+def untouched() -> tuple[frcnn.FasterRCNN, dict[str, torch.Tensor]]:
+    """A model into which nothing shall be loaded, and its weights."""
+    model = frcnn.coco_faster_rcnn()
+    return model, {k: v.clone() for k, v in model.state_dict().items()}
+
+
 def broken(state: dict, how: str) -> tuple[dict, str]:
     if how == "missing":
         return {
@@ -265,16 +254,10 @@ def broken(state: dict, how: str) -> tuple[dict, str]:
 
 @pytest.mark.parametrize("how", ["missing", "extra", "mis-shaped"])
 @pytest.mark.parametrize("file", ["imagenet", "coco"])
-def test_an_entry_that_does_not_fit_is_named(file, how, pair):
-    imagenet = {
-        k: v
-        for k, v in torchvision.models.resnet50().state_dict().items()
-        if not k.startswith("fc.")
-    }
-    model = frcnn.coco_faster_rcnn()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+def test_an_entry_that_does_not_fit_is_named(file, how, pair, imagenet, untouched):
+    model, before = untouched
     if file == "imagenet":
-        state, said = broken(imagenet, how)
+        state, said = broken({k: v for k, v in imagenet.items() if not k.startswith("fc.")}, how)
         with pytest.raises(ValueError, match=said):
             frcnn.load_imagenet_backbone(model, state)
     else:
@@ -315,9 +298,9 @@ def test_imagenet_weights_give_torchvisions_features():
             )
 
 
-def test_loaded_weights_end_the_warning_of_random_frozen_layers(recwarn):
+def test_loaded_weights_end_the_warning_of_random_frozen_layers(imagenet, recwarn):
     model = frcnn.FasterRCNN().train()
-    frcnn.load_imagenet_backbone(model, torchvision.models.resnet50().state_dict())
+    frcnn.load_imagenet_backbone(model, imagenet)
     model.backbone(torch.zeros(1, 3, 64, 64))
     assert not [w for w in recwarn if "frozen stages" in str(w.message)]
 
@@ -331,17 +314,16 @@ def test_loaded_weights_end_the_warning_of_random_frozen_layers(recwarn):
     ids=["imagenet", "coco"],
 )
 def test_without_a_network_the_message_says_what_to_download_and_where_to_put_it(
-    load, weights, monkeypatch, tmp_path
+    load, weights, untouched, monkeypatch, tmp_path
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(frcnn, "succeeds_within", lambda ask: False)
-    model = frcnn.coco_faster_rcnn()
-    before = model.predictor.cls.weight.clone()
+    model, before = untouched
     with pytest.raises(ConnectionError) as caught:
         load(model)
     assert weights.url in str(caught.value)
     assert str(tmp_path / "hub" / "checkpoints" / weights.url.split("/")[-1]) in str(caught.value)
-    assert torch.equal(model.predictor.cls.weight, before)
+    assert torch.equal(model.predictor.cls.weight, before["predictor.cls.weight"])
 
 
 def test_a_file_in_the_folder_is_taken_without_a_network(monkeypatch, tmp_path, pair):
@@ -385,8 +367,3 @@ def test_the_81_outputs_are_those_of_coco(pair):
         ours.predictor.box.weight[4 * label : 4 * label + 4],
         theirs.roi_heads.box_predictor.bbox_pred.weight[rows],
     )
-
-
-def test_names_are_torchvisions():
-    theirs = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    assert [theirs[i] for i in USED] == list(frcnn.COCO_NAMES)

@@ -1,18 +1,20 @@
-"""Anchors, matching, sampling, the RPN's losses and its choice of proposals."""
+"""Anchors, matching, sampling, the RPN's losses, its head, and its choice of proposals.
+
+Held against naive loops and torchvision's parts, also for boxes and outputs of chance.
+"""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import INF, NAN, chance, coder_weights, hostile_boxes, objects, small_box, solid_box
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import frcnn_common as frcnn
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def grids(*sizes) -> list[torch.Tensor]:
@@ -41,7 +43,7 @@ def tiles(count: int, side: float = 20.0, top: float = 0.0) -> torch.Tensor:
     )
 
 
-# --- anchors ---------------------------------------------------------------------------------------------------------
+# --- anchors --------------------------------------------------------------------------
 
 
 def test_anchors_go_level_after_level_row_after_row_ratio_fastest():
@@ -129,7 +131,7 @@ def test_an_anchor_generator_for_another_number_of_levels_is_refused():
         frcnn.AnchorGenerator()(grids((2, 3)), (16, 24))
 
 
-# --- matching --------------------------------------------------------------------------------------------------------
+# --- matching -------------------------------------------------------------------------
 
 GT = torch.tensor([[0.0, 0, 100, 100]])
 
@@ -171,7 +173,8 @@ def test_all_ties_for_the_best_overlap_are_positive():
 
 
 def test_a_tie_keeps_the_object_that_it_overlaps_most():
-    # the anchor is the best that object 1 has, yet it overlaps object 0 more, as torchvision decides it
+    # the anchor is the best that object 1 has, yet it overlaps object 0 more;
+    # torchvision decides it so
     boxes, gt = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 3]])
     labels, matched = frcnn.match_boxes(boxes, gt, 0.9, 0.3, best_is_positive=True)
     assert (labels.tolist(), matched.tolist()) == ([1], [0])
@@ -201,7 +204,61 @@ def test_matching_equals_torchvisions_matcher():
     assert torch.equal(matched[expected >= 0], expected[expected >= 0])
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
+def test_thousands_of_objects_are_matched_in_pieces_that_fit_into_memory(monkeypatch):
+    assert 4 * frcnn._MATCH_PAIRS <= 2**27  # bytes of one matrix of float32
+    pairs, box_iou = [], frcnn.box_iou
+
+    def counted(boxes_a, boxes_b):
+        pairs.append(len(boxes_a) * len(boxes_b))
+        return box_iou(boxes_a, boxes_b)
+
+    monkeypatch.setattr(frcnn, "box_iou", counted)
+    anchors = frcnn.AnchorGenerator()(
+        [torch.zeros(1, 1, 50 >> i, 50 >> i) for i in range(5)], (200, 200)
+    )
+    gt_boxes = objects(2000, 200, 200, 81)["boxes"]
+    labels, matched = frcnn.match_boxes(anchors, gt_boxes, 0.7, 0.3, True)
+    assert sum(pairs) == len(gt_boxes) * len(anchors) > frcnn._MATCH_PAIRS
+    assert max(pairs) <= frcnn._MATCH_PAIRS
+    assert matched.max() > 1900
+    assert (labels == 1).sum() > 1000
+
+
+def naive_match(boxes, gt_boxes, pos_thr, neg_thr, best_is_positive) -> tuple[list[int], list[int]]:
+    """The sentences of the paper, box by box and object by object."""
+    iou = frcnn.box_iou(gt_boxes, boxes).numpy()  # [K, N]
+    labels, matched = [], []
+    for n in range(len(boxes)):
+        best = iou[:, n].max() if len(iou) else np.float32(-1)
+        label = 1 if best >= np.float32(pos_thr) else -1 if best >= np.float32(neg_thr) else 0
+        if best_is_positive and any(row[n] > 0 and row[n] == row.max() for row in iou):
+            label = 1
+        labels.append(label)
+        matched.append(int(np.argmax(iou[:, n])) if len(iou) else 0)  # the first of equals
+    return labels, matched
+
+
+@chance
+@given(
+    hostile_boxes.filter(len),  # there is always an anchor
+    hostile_boxes,
+    st.sampled_from([(0.7, 0.3), (0.5, 0.5), (1.0, 0.1)]),
+    st.booleans(),
+    st.sampled_from([1, 40, 2**24]),
+)
+def test_matching_of_hostile_boxes_equals_the_naive_loops(
+    boxes, gt_boxes, thresholds, best_is_positive, pairs
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frcnn, "_MATCH_PAIRS", pairs)  # of 1: object by object
+        labels, matched = frcnn.match_boxes(boxes, gt_boxes, *thresholds, best_is_positive)
+    assert labels.dtype == matched.dtype == torch.int64
+    assert (labels.tolist(), matched.tolist()) == naive_match(
+        boxes, gt_boxes, *thresholds, best_is_positive
+    )
+
+
+# --- sampling -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,7 +302,7 @@ def test_every_step_draws_anew_for_every_image():
     assert draw(targets[1:]) == first[1:]  # whatever else is in the batch
 
 
-# --- losses ----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------
 
 
 def test_loss_settings_are_the_papers():
@@ -302,7 +359,34 @@ def test_perfect_outputs_have_no_loss():
     assert losses["rpn_box"].item() == pytest.approx(0, abs=1e-6)
 
 
-# --- head ------------------------------------------------------------------------------------------------------------
+@chance
+@given(
+    st.lists(small_box.filter(lambda b: b[0] < b[2] and b[1] < b[3]), min_size=1, max_size=20),
+    st.data(),
+)
+def test_a_sliver_of_an_object_trains_with_finite_losses(good, data):
+    """The thinnest boxes that `check_targets` passes: the log of their size must not overflow."""
+    thin = data.draw(st.sampled_from([1e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e-7]))
+    boxes = torch.tensor([*good, [0, 0, thin, 12], [0, 3, 12, 3 + 1e-6]]).float()
+    frcnn.check_targets(
+        torch.zeros(1, 3, 8, 8), [{"boxes": boxes, "labels": torch.ones(len(boxes)).long()}], 81
+    )
+    anchors = frcnn.AnchorGenerator()(
+        [torch.zeros(1, 1, 16 >> i or 1, 16 >> i or 1) for i in range(5)], (64, 64)
+    )
+    rpn = frcnn.RegionProposalNetwork(frcnn.RPNHead(4), frcnn.AnchorGenerator())
+    logits, deltas = (
+        torch.zeros(1, len(anchors)).requires_grad_(),
+        torch.zeros(1, len(anchors), 4).requires_grad_(),
+    )
+    losses = rpn.losses(anchors, logits, deltas, [{"boxes": boxes}])
+    sum(losses.values()).backward()
+    assert all(math.isfinite(loss.item()) for loss in losses.values())
+    assert logits.grad.isfinite().all()
+    assert deltas.grad.isfinite().all()
+
+
+# --- head -----------------------------------------------------------------------------
 
 
 def test_head_starts_small_and_gives_one_output_for_each_anchor():
@@ -354,7 +438,7 @@ def test_outputs_lie_in_the_order_of_the_anchors(level, row, column, ratio):
     assert deltas.nonzero().tolist() == [[1, found[0, 1].item(), coordinate]]
 
 
-# --- proposals -------------------------------------------------------------------------------------------------------
+# --- proposals ------------------------------------------------------------------------
 
 
 def propose(rpn, anchors, logits, counts, size=(10_000, 10_000), deltas=None):
@@ -364,7 +448,8 @@ def propose(rpn, anchors, logits, counts, size=(10_000, 10_000), deltas=None):
 
 
 def test_top_k_is_taken_level_by_level():
-    # all of level 0 scores higher than all of level 1: one top-k over both would leave level 1 without proposals
+    # all of level 0 scores higher than all of level 1:
+    # one top-k over both would leave level 1 without proposals
     anchors, logits = tiles(23), torch.cat((torch.arange(20) + 10.0, torch.tensor([1.0, 2.0, 3.0])))
     proposals = propose(make_rpn(pre_nms=5), anchors, logits / 30, [20, 3])
     assert torch.equal(proposals, anchors[[19, 18, 17, 16, 15, 22, 21, 20]])
@@ -437,6 +522,32 @@ def test_proposals_are_clipped_to_the_true_size_of_each_image():
     assert [p.tolist() for p in proposals] == [[[0, 0, 200, 100]], [[0, 0, 150, 300]]]
 
 
+any_delta = st.one_of(
+    st.floats(-5, 5, width=32), st.floats(width=32), st.sampled_from([3e38, -3e38, NAN, INF, -INF])
+)
+
+
+@chance
+@given(
+    st.lists(
+        st.tuples(solid_box, st.lists(any_delta, min_size=4, max_size=4)), min_size=1, max_size=20
+    ),
+    coder_weights,
+)
+def test_whatever_the_network_says_a_proposal_lies_inside_its_image(pairs, weights):
+    """Of a network that has gone wild: NaN fails the comparison of sizes, others are clipped."""
+    anchors, deltas = (torch.tensor(values).float() for values in zip(*pairs, strict=True))
+    decoded = frcnn.decode_boxes(anchors, deltas, weights)
+    assert decoded[deltas.isfinite().all(1)].isnan().sum() == 0
+    rpn = frcnn.RegionProposalNetwork(frcnn.RPNHead(4), frcnn.AnchorGenerator(), min_sz=1).eval()
+    logits, size = torch.linspace(-1, 1, len(anchors)), torch.tensor([[90, 70]])
+    (proposals,) = rpn.propose(anchors, logits[None], deltas[None], [len(anchors)], size)
+    assert proposals.isfinite().all()
+    assert (proposals >= 0).all()
+    assert (proposals[:, 2:] <= torch.tensor([70, 90])).all()
+    assert (proposals[:, 2:] - proposals[:, :2] >= 1).all()
+
+
 def whole_rpn(training: bool, **options) -> tuple[frcnn.RegionProposalNetwork, list[torch.Tensor]]:
     rpn = make_rpn(frcnn.RPNHead(8), frcnn.AnchorGenerator(), training, **options)
     nn.init.normal_(rpn.head.objectness.weight)  # scores and shifts that differ
@@ -473,7 +584,7 @@ def test_proposals_carry_no_gradient_and_losses_do():
 
 
 def test_forward_equals_torchvisions_rpn():
-    """The same head, the published anchors, two images of different true size: the same proposals in the same order."""
+    """Published anchors, images of different true size: the same proposals in the same order."""
     gen = frcnn.AnchorGenerator(strides=None, offset=0, inverse_ratios=True, rounded=True)
     rpn, maps = whole_rpn(False, pre_nms=300, post_nms=100, min_sz=1e-3)
     rpn.anchor_gen = gen

@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 import torchvision
+from conftest import chance, hostile_boxes
+from hypothesis import given
+from hypothesis import strategies as st
 
 import frcnn_common as frcnn
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def pyramid(height: int, width: int, batch: int = 2, channels: int = 3) -> list[torch.Tensor]:
@@ -55,7 +53,7 @@ def by_torchvision(
     return pooled
 
 
-# --- levels ----------------------------------------------------------------------------------------------------------
+# --- levels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k0", [4, 5])
@@ -88,7 +86,7 @@ def test_published_levels_are_torchvisions():
     assert torch.equal(frcnn.ROIAlign(level_eps=1e-6).assign_levels(boxes), mapper([boxes]))
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -138,6 +136,47 @@ def test_5000_boxes_equal_torchvision():
     )
     pooled = frcnn.ROIAlign()(fmaps, proposals, (400, 400))
     torch.testing.assert_close(pooled, by_torchvision(fmaps, proposals), atol=1e-3, rtol=0)
+
+
+MAPS = [
+    torch.randn(1, 2, 64 >> i, 80 >> i, generator=torch.Generator().manual_seed(i))
+    for i in range(4)
+]
+
+
+SIZE = (256, 320)
+
+
+def pooled_by_torchvision(boxes: torch.Tensor, aligned: bool) -> torch.Tensor:
+    pooled = torch.zeros(len(boxes), 2, 7, 7)
+    for i, level in enumerate(frcnn.ROIAlign().assign_levels(boxes).tolist()):
+        rois = torch.cat((torch.zeros(1, 1), boxes[i : i + 1]), dim=1)
+        pooled[i] = torchvision.ops.roi_align(MAPS[level], rois, 7, 0.25 / 2**level, 2, aligned)[0]
+    return pooled
+
+
+near_box = st.tuples(*[st.floats(-600, 900, width=16)] * 2, *[st.floats(0, 900, width=16)] * 2).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
+
+
+@chance
+@given(
+    st.lists(near_box, max_size=12).map(lambda b: torch.tensor(b).reshape(-1, 4).float()),
+    st.booleans(),
+)
+def test_pooling_of_boxes_of_chance_equals_torchvision(boxes, aligned):
+    pooled = frcnn.ROIAlign(aligned=aligned)(MAPS, [boxes], SIZE)
+    torch.testing.assert_close(pooled, pooled_by_torchvision(boxes, aligned), atol=1e-3, rtol=0)
+
+
+@chance
+@given(hostile_boxes, st.booleans())
+def test_pooling_of_hostile_boxes_is_finite(boxes, aligned):
+    pooled = frcnn.ROIAlign(aligned=aligned)(MAPS, [boxes], SIZE)
+    assert (pooled.dtype, tuple(pooled.shape)) == (torch.float32, (len(boxes), 2, 7, 7))
+    assert pooled.isfinite().all()
+    assert pooled.abs().max() <= max(m.abs().max() for m in MAPS) + 1e-5 if len(boxes) else True
 
 
 def test_published_pooling_equals_torchvisions_for_many_levels():
@@ -237,7 +276,7 @@ def test_channels_last_maps_give_the_same():
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 
-# --- heads -----------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------
 
 
 def test_box_head_is_two_rectified_layers():
