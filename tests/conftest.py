@@ -8,15 +8,15 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
-from torch.utils.data import DataLoader
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before `datasets` is imported
 os.environ.setdefault("FRCNN_DATA", "glyphs")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one process a core
 
+import torch  # it reads the number of threads
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
 

@@ -438,7 +438,7 @@ def test_workers_give_the_same_however_they_are_started(source, two_shards, monk
     A worker that hangs ends the test after three minutes.
     """
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
-    source = shards if source == "shards" else source
+    source = two_shards if source == "shards" else source
     next(iter(frcnn.COCOStreamDataset("train", 12, str(source), 64)))
     frcnn.tiny_faster_rcnn().eval()(torch.zeros(1, 3, 64, 64))
     forked, spawned = (ids(source, start, 180) for start in ("fork", "spawn"))

@@ -245,7 +245,7 @@ def test_figure_file_is_the_same_twice(name, monkeypatch, tmp_path):
 
 
 def test_figures_go_where_the_environment_says(tmp_path):
-    code = "import frcnn_common as f, matplotlib.figure as m; f.save_figure(m.Figure(), 'a.png')"
+    code = "import frcnn_lesson as f, matplotlib.figure as m; f.save_figure(m.Figure(), 'a.png')"
     environment = os.environ | {"FRCNN_FIGURES": str(tmp_path / "there")}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "a.png"]

@@ -14,9 +14,11 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from test_twins import NOTEBOOKS, definitions
+from test_notebooks import definitions
 
 import frcnn_common as frcnn
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 WRONG_TYPES = (
     *("'text'", "'3'", "[]", "(1, 2, 3)", "{}", "torch.ones(3)", "object()", "-10.0**9"),

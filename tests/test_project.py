@@ -35,6 +35,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import frcnn_common as frcnn
+import frcnn_lesson
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -249,6 +250,7 @@ except SystemExit as end:
     assert end.code == 0
 
 import frcnn_common as frcnn
+import frcnn_lesson
 
 frcnn.TINY_STEPS, frcnn.TINY_IMAGE_SIZE = 2, 64
 frcnn.tiny_detector()
@@ -267,7 +269,8 @@ def test_everything_works_below_a_path_with_spaces_and_other_letters(tmp_path):
     folder = tmp_path / NAME
     (folder / "Bilder Ω").mkdir(parents=True)
     (folder / "Fotos №").mkdir()
-    shutil.copy(frcnn.__file__, folder)
+    for module in (frcnn, frcnn_lesson):
+        shutil.copy(module.__file__, folder)
     for split, seeds in (("train", range(20)), ("val", range(100, 103))):
         rows = [frcnn.render_glyph_scene(seed, 64) for seed in seeds]
         datasets.Dataset.from_list(rows).to_parquet(
@@ -465,7 +468,7 @@ def test_no_cell_calls_the_machine():
     assert [found for found in lines if machine.match(found[1])] == []
 
 
-# --- how the module reads ---------------------------------------------------------------------------
+# --- how the module reads -------------------------------------------------------------------------
 
 MODULE = ROOT / "frcnn_common.py"
 PARTS = [

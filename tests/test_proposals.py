@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import INF, NAN, chance, coder_weights, hostile_boxes, objects, small_box, solid_box
+from conftest import INF, NAN, chance, coder_weights, hostile_boxes, small_box, solid_box
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -204,26 +204,6 @@ def test_matching_equals_torchvisions_matcher():
     assert torch.equal(matched[expected >= 0], expected[expected >= 0])
 
 
-def test_thousands_of_objects_are_matched_in_pieces_that_fit_into_memory(monkeypatch):
-    assert 4 * frcnn._MATCH_PAIRS <= 2**27  # bytes of one matrix of float32
-    pairs, box_iou = [], frcnn.box_iou
-
-    def counted(boxes_a, boxes_b):
-        pairs.append(len(boxes_a) * len(boxes_b))
-        return box_iou(boxes_a, boxes_b)
-
-    monkeypatch.setattr(frcnn, "box_iou", counted)
-    anchors = frcnn.AnchorGenerator()(
-        [torch.zeros(1, 1, 50 >> i, 50 >> i) for i in range(5)], (200, 200)
-    )
-    gt_boxes = objects(2000, 200, 200, 81)["boxes"]
-    labels, matched = frcnn.match_boxes(anchors, gt_boxes, 0.7, 0.3, True)
-    assert sum(pairs) == len(gt_boxes) * len(anchors) > frcnn._MATCH_PAIRS
-    assert max(pairs) <= frcnn._MATCH_PAIRS
-    assert matched.max() > 1900
-    assert (labels == 1).sum() > 1000
-
-
 def naive_match(boxes, gt_boxes, pos_thr, neg_thr, best_is_positive) -> tuple[list[int], list[int]]:
     """The sentences of the paper, box by box and object by object."""
     iou = frcnn.box_iou(gt_boxes, boxes).numpy()  # [K, N]
@@ -244,14 +224,11 @@ def naive_match(boxes, gt_boxes, pos_thr, neg_thr, best_is_positive) -> tuple[li
     hostile_boxes,
     st.sampled_from([(0.7, 0.3), (0.5, 0.5), (1.0, 0.1)]),
     st.booleans(),
-    st.sampled_from([1, 40, 2**24]),
 )
 def test_matching_of_hostile_boxes_equals_the_naive_loops(
-    boxes, gt_boxes, thresholds, best_is_positive, pairs
+    boxes, gt_boxes, thresholds, best_is_positive
 ):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frcnn, "_MATCH_PAIRS", pairs)  # of 1: object by object
-        labels, matched = frcnn.match_boxes(boxes, gt_boxes, *thresholds, best_is_positive)
+    labels, matched = frcnn.match_boxes(boxes, gt_boxes, *thresholds, best_is_positive)
     assert labels.dtype == matched.dtype == torch.int64
     assert (labels.tolist(), matched.tolist()) == naive_match(
         boxes, gt_boxes, *thresholds, best_is_positive

@@ -29,6 +29,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
+import frcnn_lesson
 
 SIZE, BATCH = 64, 2
 
@@ -927,7 +928,10 @@ print(float(sum(p.double().sum() for p in frcnn.tiny_detector().state_dict().val
 READ_ONLY = """
 import contextlib, io, json, matplotlib.figure
 import frcnn_common as frcnn
+import frcnn_lesson
+from pathlib import Path
 
+ROOT = Path(frcnn.__file__).parent
 frcnn.TINY_STEPS, frcnn.TINY_IMAGE_SIZE = 2, 64
 trained, train = [], frcnn.train
 
@@ -939,8 +943,8 @@ frcnn.train = noted
 
 def use():
     # A figure, and the tiny detector, where nothing can be written.
-    before, said = sorted(frcnn.ROOT.rglob("*")), io.StringIO()
-    folders = [frcnn.ROOT, *(path for path in before if path.is_dir())]
+    before, said = sorted(ROOT.rglob("*")), io.StringIO()
+    folders = [ROOT, *(path for path in before if path.is_dir())]
     trained.clear()
     for folder in folders:
         folder.chmod(0o555)
@@ -950,12 +954,12 @@ def use():
     for folder in folders:
         folder.chmod(0o755)
     assert not model.training
-    assert sorted(frcnn.ROOT.rglob("*")) == before
+    assert sorted(ROOT.rglob("*")) == before
     weights = [float(value.double().abs().sum()) for value in model.state_dict().values()]
     return {"said": said.getvalue().splitlines(), "trained": list(trained), "weights": weights}
 
 reports = [use()]
-frcnn.FIGURES.mkdir()
+frcnn_lesson.FIGURES.mkdir()
 frcnn.CHECKPOINTS.mkdir()
 reports.append(use())
 frcnn.tiny_detector()
@@ -970,7 +974,8 @@ def test_a_read_only_checkout_says_what_it_does_not_save_and_goes_on(tmp_path):
     """Without the folders, with empty ones, and with a saved detector: that one is taken."""
     checkout = tmp_path / "checkout"
     checkout.mkdir()
-    shutil.copy(frcnn.__file__, checkout)
+    for module in (frcnn, frcnn_lesson):
+        shutil.copy(module.__file__, checkout)
     bound = []
     if os.geteuid() == 0:  # whom no permission binds as long as he has this capability
         bound = ["setpriv", "--bounding-set", "-dac_override"]
