@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+LONGEST := notebooks/05_training.ipynb# first, for the others take the detector that it saves
 TESTS ?= not slow# make test TESTS="slow or not slow" runs all of them
 INSTALLED := .venv/installed
 NBCONVERT := $(PY) -m jupyter nbconvert --log-level ERROR --to notebook --inplace
@@ -31,7 +32,8 @@ run: $(INSTALLED) ## Execute all notebooks in order, in place, and refresh figur
 test: $(INSTALLED) ## Run the unit tests and every notebook, without a network
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	FRCNN_STILL=1 HF_HUB_OFFLINE=1 FRCNN_DATA=glyphs FRCNN_FIGURES="$$scratch/figures" FRCNN_CHECKPOINTS="$$scratch/checkpoints" \
-		$(PY) -m pytest -q -n auto --dist worksteal -m "$(TESTS)" --nbmake --nbmake-timeout=900 --durations=5 notebooks tests
+		$(PY) -m pytest -q -n auto --maxschedchunk 1 -m "$(TESTS)" --nbmake --nbmake-timeout=900 --durations=5 \
+		$(LONGEST) tests $(filter-out $(LONGEST),$(NOTEBOOKS))
 
 test-browser: html slides ## Open JupyterLab, the site and the slides in Chromium (Debian: chromium, chromium-driver)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \

@@ -285,7 +285,7 @@ _NMS_BLOCK, _NMS_RIVALS = 256, 512
 
 
 def _suppresses(winners: Tensor, losers: Tensor, threshold: float) -> Tensor:
-    """``[P, Q]``: who overlaps whom too much, from rows ``[6, P]``, ``[6, Q]`` of `batched_nms`."""
+    """``[P, Q]``: who overlaps whom too much; the sixth row, where there is one, is the group."""
     winners, losers = winners[:, :, None], losers[:, None]  # [6, P, 1], [6, 1, Q]
     low = winners[:2].maximum(losers[:2])  # [2, P, Q]
     sides = torch.minimum(winners[2:4], losers[2:4]).sub_(low).clamp_(min=0)  # [2, P, Q]
@@ -846,7 +846,7 @@ class AnchorGenerator(nn.Module):
 
 
 class RPNHead(nn.Module):
-    """A shared k×k convolution and two 1×1 siblings: objectness and box deltas of every anchor.
+    """A shared 3×3 convolution and two 1×1 siblings: objectness and box deltas of every anchor.
 
     Parameters
     ----------
@@ -1028,7 +1028,7 @@ def match_boxes(
     pos_thr, neg_thr : float
         IoU from which a box is positive, and below which it is negative; between, it is ignored.
     best_is_positive : bool
-        Also take every box that ties for some object's best IoU, so that no object goes without.
+        Also take every box that ties for some object's best IoU, however low that is.
 
     Returns
     -------
@@ -1082,10 +1082,10 @@ def sampling_generators(targets: Targets, device: torch.device) -> list[torch.Ge
 
     Several processes with a part of the batch each then draw what one draws with all of it.
     """
-    step = int(torch.randint(2**32, ()))
+    drawn = int(torch.randint(2**32, ()))  # another number in each step
     spread, seeds = 2_654_435_761, 2**32  # a CPU generator reads 32 bits
     ids = [int(target.get("image_id", i)) for i, target in enumerate(targets)]
-    numbers = [(step + spread * image_id) % seeds for image_id in ids]
+    numbers = [(drawn + spread * image_id) % seeds for image_id in ids]
     return [torch.Generator(device).manual_seed(number) for number in numbers]
 
 
@@ -1720,6 +1720,7 @@ def _begin(path, resume, model, parts, run, dataset) -> tuple[dict, dict, dict |
     """History, stream position and generator states: of a new run or of the resumed one."""
     history = {name: [] for name in ("step", "lr", "loss", *LOSS_NAMES)}
     stream = {"epoch": 0, "rows": {}, "last": -1}
+    dataset.resume(stream | {"rows": {}})  # an earlier run may have left a position
     if not (resume and path):
         return history, stream, None
     _remove_torn(Path(path))
@@ -1730,7 +1731,10 @@ def _begin(path, resume, model, parts, run, dataset) -> tuple[dict, dict, dict |
 
 
 def _resume(path, model, parts, run, dataset) -> tuple[dict, dict, dict]:
-    """Put the run in ``path`` back into model, parts and stream."""
+    """Put the run in ``path`` back: weights, optimizer, schedule, scaler, place in the stream.
+
+    The random numbers follow in `_batches`; `COCOStreamDataset.__iter__` skips the used rows.
+    """
     _, saved = load_checkpoint(path, model)
     before = saved.get("run", {})
     differing = [f"{k} {before.get(k)} (now {run[k]})" for k in run if before.get(k) != run[k]]
@@ -2159,7 +2163,11 @@ RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries to go on with a stream 
 
 
 def open_stream(source: str, split: str) -> datasets.IterableDataset:
-    """The rows of a source, their images still encoded. A new kind of source is a branch here."""
+    """The rows of a source, their images still encoded. A new kind of source is a branch here.
+
+    All give the same columns. What else differs: `find_bbox_format` knows that of the glyph scenes,
+    `steady_rows` tries the Hub again, and `_train_command` shuffles all but the glyph scenes.
+    """
     if source == "glyphs":
         seeds = range(GLYPH_FIRST_SEED[split], GLYPH_FIRST_SEED[split] + GLYPH_SCENES[split])
         scenes = datasets.Dataset.from_dict({"image_id": list(seeds)})

@@ -25,7 +25,7 @@ def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.named_buffers() if "running" in name}
 
 
-# --- ResNet ---------------------------------------------------------------------------
+# --- ResNet ---------------------------------------------------------------------------------------
 
 
 def test_bottleneck_has_its_stride_on_the_3x3():
@@ -99,7 +99,7 @@ def test_with_torchvisions_weights_the_maps_are_torchvisions():
             torch.testing.assert_close(mine_map, its_map, atol=1e-4, rtol=1e-4)
 
 
-# --- frozen stages --------------------------------------------------------------------
+# --- frozen stages --------------------------------------------------------------------------------
 
 
 def test_frozen_stages_get_no_gradient():
@@ -194,7 +194,7 @@ def test_frozen_batch_norm_is_batch_norm_in_eval_mode():
     torch.testing.assert_close(frozen.train()(x), live.eval()(x), atol=1e-5, rtol=0)
 
 
-# --- checkpointing --------------------------------------------------------------------
+# --- checkpointing --------------------------------------------------------------------------------
 
 
 def count_calls(stage: nn.Module) -> list:
@@ -250,7 +250,7 @@ def test_checkpointing_leaves_frozen_stages_out(monkeypatch):
     assert len(stages) == 2
 
 
-# --- pyramid --------------------------------------------------------------------------
+# --- pyramid --------------------------------------------------------------------------------------
 
 
 def test_pyramid_of_a_400_px_image():

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import frcnn_common as frcnn
 
-# --- constants ------------------------------------------------------------------------
+# --- constants ------------------------------------------------------------------------------------
 
 
 def test_names_are_background_and_80_categories_in_coco_order():
@@ -81,7 +81,7 @@ def test_device_of_a_mac_is_its_cpu(cuda, expected, monkeypatch):
     assert module.DEVICE.type == expected
 
 
-# --- IoU ------------------------------------------------------------------------------
+# --- IoU ------------------------------------------------------------------------------------------
 
 
 def test_iou_of_hand_made_boxes():
@@ -144,7 +144,7 @@ def test_iou_of_hostile_boxes_lies_in_0_to_1_and_equals_torchvision(a, b):
     assert torch.equal(own, (frcnn.box_area(a) > 0).float())
 
 
-# --- clip -----------------------------------------------------------------------------
+# --- clip -----------------------------------------------------------------------------------------
 
 
 def test_clip_uses_height_and_width_in_their_places():
@@ -164,7 +164,7 @@ def test_clip_of_hostile_boxes_lies_inside_and_stays_there(boxes, height, width)
     assert torch.equal(clipped, torchvision.ops.clip_boxes_to_image(boxes, (height, width)))
 
 
-# --- encode and decode ----------------------------------------------------------------
+# --- encode and decode ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (10, 10, 5, 5)])
@@ -270,7 +270,7 @@ def test_decode_broadcasts_one_anchor_over_classes():
     torch.testing.assert_close(decoded[1, 2], frcnn.decode_boxes(anchors[1], deltas[1, 2]))
 
 
-# --- NMS ------------------------------------------------------------------------------
+# --- NMS ------------------------------------------------------------------------------------------
 
 
 def overlaps(a, b) -> np.float32:
@@ -368,7 +368,7 @@ def test_nms_in_half_precision_does_not_overflow():
     assert frcnn.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist() == [0, 2]
 
 
-# --- batched NMS ----------------------------------------------------------------------
+# --- batched NMS ----------------------------------------------------------------------------------
 
 
 def test_batched_nms_suppresses_only_inside_a_group():
@@ -413,7 +413,7 @@ def test_batched_nms_of_nothing():
     assert kept.dtype == torch.int64
 
 
-# --- NMS of boxes of chance, alone and in groups --------------------------------------
+# --- NMS of boxes of chance, alone and in groups --------------------------------------------------
 
 boxes_of_few_values = st.tuples(*[st.integers(0, 9)] * 2, *[st.integers(0, 6)] * 2).map(
     lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])

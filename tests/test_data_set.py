@@ -80,7 +80,38 @@ def test_frcnn_collate_fn_stacks_images_and_lists_targets():
     assert targets == [target for _, target in samples]
 
 
-# --- prepare_image: images that keep their aspect -------------------------------------------------
+# --- prepare_image --------------------------------------------------------------------------------
+
+
+def test_prepare_image_equals_torchvisions_transform():
+    """From a photograph's pixels to the padded batch."""
+    picture = torch.randint(0, 256, (427, 713, 3), dtype=torch.uint8)
+    statistics = (frcnn.IMAGENET_MEAN.flatten().tolist(), frcnn.IMAGENET_STD.flatten().tolist())
+    expected, _ = GeneralizedRCNNTransform(256, 420, *statistics)([picture.permute(2, 0, 1) / 255])
+    pixels, size = frcnn.prepare_image(PIL.Image.fromarray(picture.numpy()), (256, 420))
+    assert size == expected.image_sizes[0] == (251, 420)  # 420 is the limit that counts
+    assert pixels.shape == (3, 256, 448)
+    torch.testing.assert_close(pixels[None], expected.tensors, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [
+        ((640, 480), (800, 1066)[::-1]),
+        ((480, 640), (1066, 800)[::-1]),
+        ((20000, 1), (1333, 1)),
+        ((1, 1), (800, 800)),
+    ],
+)
+def test_prepare_image_has_short_side_800_and_long_side_at_most_1333(picture, size):
+    pixels, (height, width) = frcnn.prepare_image(PIL.Image.new("RGB", picture), (800, 1333))
+    assert (width, height) == size
+    assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0
+    assert 0 <= pixels.shape[1] - height < 32
+    assert 0 <= pixels.shape[2] - width < 32
+
+
+# --- images that keep their aspect ----------------------------------------------------------------
 
 
 def test_prepare_image_keeps_the_aspect_with_boxes_and_true_sizes(tmp_path):
@@ -353,38 +384,7 @@ def test_boxes_that_are_left_out_are_named_by_their_image(tmp_path):
     assert dataset.dropped == 2
 
 
-# --- prepare_image --------------------------------------------------------------------
-
-
-def test_prepare_image_equals_torchvisions_transform():
-    """From a photograph's pixels to the padded batch."""
-    picture = torch.randint(0, 256, (427, 713, 3), dtype=torch.uint8)
-    statistics = (frcnn.IMAGENET_MEAN.flatten().tolist(), frcnn.IMAGENET_STD.flatten().tolist())
-    expected, _ = GeneralizedRCNNTransform(256, 420, *statistics)([picture.permute(2, 0, 1) / 255])
-    pixels, size = frcnn.prepare_image(PIL.Image.fromarray(picture.numpy()), (256, 420))
-    assert size == expected.image_sizes[0] == (251, 420)  # 420 is the limit that counts
-    assert pixels.shape == (3, 256, 448)
-    torch.testing.assert_close(pixels[None], expected.tensors, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("picture", "size"),
-    [
-        ((640, 480), (800, 1066)[::-1]),
-        ((480, 640), (1066, 800)[::-1]),
-        ((20000, 1), (1333, 1)),
-        ((1, 1), (800, 800)),
-    ],
-)
-def test_prepare_image_has_short_side_800_and_long_side_at_most_1333(picture, size):
-    pixels, (height, width) = frcnn.prepare_image(PIL.Image.new("RGB", picture), (800, 1333))
-    assert (width, height) == size
-    assert pixels.shape[1] % 32 == pixels.shape[2] % 32 == 0
-    assert 0 <= pixels.shape[1] - height < 32
-    assert 0 <= pixels.shape[2] - width < 32
-
-
-# --- frcnn_collate_fn and sizes_without_padding ---------------------------------------
+# --- frcnn_collate_fn and sizes_without_padding ---------------------------------------------------
 
 
 def test_collate_lets_images_of_different_sizes_share_a_batch():
@@ -399,7 +399,7 @@ def test_collate_lets_images_of_different_sizes_share_a_batch():
     assert frcnn.sizes_without_padding(images, targets) == {"image_sizes": [(60, 90), (96, 32)]}
 
 
-# --- workers --------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def assert_detects(
         assert (result["labels"] >= 1).all()
 
 
-# --- contract -------------------------------------------------------------------------
+# --- contract -------------------------------------------------------------------------------------
 
 
 def test_module_takes_published_weights_and_nothing_else_from_torchvision():
@@ -281,7 +281,7 @@ def test_bfloat16_autocast_gives_finite_float32_results():
         assert result["scores"].isfinite().all()
 
 
-# --- detections -----------------------------------------------------------------------
+# --- detections -----------------------------------------------------------------------------------
 
 SQUARES = torch.tensor([[10.0, 10, 60, 60], [100, 100, 180, 180], [200, 20, 260, 80]])
 
@@ -444,7 +444,7 @@ def test_no_detections_give_empty_results():
         assert_empty(result)
 
 
-# --- sampling and losses of the second stage ------------------------------------------
+# --- sampling and losses of the second stage ------------------------------------------------------
 
 
 def crowd(positives: int, negatives: int) -> tuple[list[torch.Tensor], list[dict]]:
@@ -587,7 +587,7 @@ def test_sampled_proposals_carry_no_gradient():
     assert not expected.requires_grad
 
 
-# --- targets --------------------------------------------------------------------------
+# --- targets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [(0, 2), (2, 0), (0, 0)])

@@ -38,7 +38,7 @@ def picture(height=100, width=100):
     )
 
 
-# --- boxes ----------------------------------------------------------------------------
+# --- boxes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_rectangle_lands_on_its_pixels(ax):
     )  # continuous coordinates: 0 is the edge of the picture
 
 
-# --- labels ---------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_label_keeps_to_its_box_in_the_middle(ax):
     assert ax.texts[0].get_position() == (20, 40)
 
 
-# --- colours --------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------
 
 
 def test_palette_colours_are_distinct():
@@ -192,7 +192,7 @@ def test_one_colour_for_all_boxes(ax):
     assert {(patch.get_linestyle(), patch.get_linewidth()) for patch in ax.patches} == {("--", 3)}
 
 
-# --- pictures -------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def test_to_picture_undoes_image_to_tensor():
@@ -227,7 +227,7 @@ def test_image_is_drawn_without_axis(kind, ax):
     assert not ax.axison
 
 
-# --- files ----------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])

@@ -68,7 +68,7 @@ def figures(truth, results, annotations=None):
     return dict(zip(NAMES, stats, strict=True))
 
 
-# --- ground truth as predictions ------------------------------------------------------
+# --- ground truth as predictions ------------------------------------------------------------------
 
 
 def test_ground_truth_scores_1(truth):
@@ -111,7 +111,7 @@ def test_boxes_come_back_in_pixels_of_the_original(coco_tiny):
             )
 
 
-# --- COCO's own file ------------------------------------------------------------------
+# --- COCO's own file ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_foreign_annotation_file_is_refused(content, tmp_path):
         frcnn.coco_evaluation([image([[0, 0, 9, 9]])], [image([[0, 0, 9, 9]])], path)
 
 
-# --- records as pycocotools wants them ------------------------------------------------
+# --- records as pycocotools wants them ------------------------------------------------------------
 
 
 def test_category_ids_are_official():
@@ -215,7 +215,7 @@ def test_boxes_are_corner_and_size_in_the_records():
     assert evaluation.cocoDt.dataset["annotations"][0]["bbox"] == [11, 22, 33, 66]
 
 
-# --- known figures --------------------------------------------------------------------
+# --- known figures --------------------------------------------------------------------------------
 
 
 def test_iou_decides_which_figure_counts():
@@ -255,7 +255,7 @@ def test_detection_on_an_image_without_objects_is_a_mistake():
     assert figures(truth, found)["AP"] == pytest.approx(0.5)
 
 
-# --- nothing found, nothing there -----------------------------------------------------
+# --- nothing found, nothing there -----------------------------------------------------------------
 
 
 def test_no_detections_score_0(truth):
@@ -278,7 +278,7 @@ def test_data_set_without_images_is_refused(monkeypatch):
         frcnn.evaluate(Replay([]), make_dataset("glyphs"))
 
 
-# --- the model ------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -299,7 +299,7 @@ def test_evaluate_prints_nothing(dataset, capsys):
     assert capsys.readouterr().out == ""
 
 
-# --- detect ---------------------------------------------------------------------------
+# --- detect ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1, 1)])

@@ -39,7 +39,7 @@ class Exercise:
         return f"{self.notebook}-{self.number}"
 
 
-# --- what the checks read from the lesson --------------------------------------------------------
+# --- what the checks read from the lesson ---------------------------------------------------------
 
 
 def prepare_02(world: dict, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def prepare_06(world: dict, tmp_path: Path) -> None:
     world["f1_of"] = lambda r, k, n: 2 * r / (k + n)  # right ones, rows taken, objects
 
 
-# --- what students type --------------------------------------------------------------------------
+# --- what students type ---------------------------------------------------------------------------
 
 FPN_SUM = "sum(c * n + n for c in cs) + len(cs) * (9 * n * n + n)"
 EXERCISES = (
@@ -412,7 +412,7 @@ EXERCISES = (
 )
 
 
-# --- the tests -----------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -117,7 +117,7 @@ def test_a_deck_is_chosen_by_hand(notebook):
     assert len(shown) < 0.8 * len(kinds)
 
 
-# --- warnings -------------------------------------------------------------------------
+# --- warnings -------------------------------------------------------------------------------------
 
 ALLOWED = {
     # Matplotlib is given tensors, which do not take what NumPy 2 passes to `__array__`.
@@ -175,7 +175,7 @@ def test_what_a_warning_would_stop_is_stopped(tmp_path):
         assert done.stderr.splitlines()[-1] == f"{category}: something else"
 
 
-# --- what is built by hand does what frcnn_common does --------------------------------
+# --- what is built by hand does what frcnn_common does --------------------------------------------
 
 SIZES, STRIDES = (16, 32, 64, 128, 256), (4, 8, 16, 32, 64)
 
@@ -214,7 +214,7 @@ def boxes(count: int, side: float = 128) -> torch.Tensor:
     return torch.cat((corner, corner + 2 + torch.rand(count, 2) * side * 0.4), dim=1)
 
 
-# --- twins of 01 and 03: boxes, labels, sampling --------------------------------------
+# --- twins of 01 and 03: boxes, labels, sampling --------------------------------------------------
 
 
 def test_formats_flips_and_sizes(lesson):
@@ -275,7 +275,7 @@ def test_the_target_generator_is_made_of_the_modules_parts(lesson):
     assert torch.equal(matched, expected_match)
 
 
-# --- twins of 02: backbone and pyramid ------------------------------------------------
+# --- twins of 02: backbone and pyramid ------------------------------------------------------------
 
 
 def same_weights(theirs, ours):
@@ -316,7 +316,7 @@ def test_frozen_batch_norm(lesson):
     assert_close(by_hand(x), ours(x))
 
 
-# --- twins of 03: anchors, head, proposals, losses ------------------------------------
+# --- twins of 03: anchors, head, proposals, losses ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_proposals_and_losses_of_the_rpn(lesson):
     assert_close(by_hand, expected)
 
 
-# --- twins of 04: ROI head ------------------------------------------------------------
+# --- twins of 04: ROI head ------------------------------------------------------------------------
 
 
 def test_levels(lesson):
@@ -452,7 +452,7 @@ def test_sampled_proposals_and_losses_of_the_roi_head(objects, lesson):
     )
 
 
-# --- twins of the walkthrough ---------------------------------------------------------
+# --- twins of the walkthrough ---------------------------------------------------------------------
 
 
 def test_the_walkthroughs_arrays_are_the_modules_anchors(lesson):

@@ -27,7 +27,7 @@ EVALUATE = ["evaluate", "--source", "glyphs", "--max-samples", "13"]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is of Unix")
 
 
-# --- the driver -----------------------------------------------------------------------
+# --- the driver -----------------------------------------------------------------------------------
 
 
 def train_noting_scenes(folder: Path) -> int:
@@ -127,7 +127,7 @@ def drive(folder: Path) -> None:
     (folder / f"codes.{rank}.json").write_text(json.dumps(codes))
 
 
-# --- what it left ---------------------------------------------------------------------
+# --- what it left ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def history(path: Path) -> dict[str, list]:
     return frcnn.load_checkpoint(path)[1]["history"]
 
 
-# --- training -------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def test_one_line_reports_the_run(ran):
@@ -227,7 +227,7 @@ def test_resume_of_two_processes_by_one_is_refused(ran, alone):
     assert (ran / "killed.pt").read_bytes() == before
 
 
-# --- evaluation -----------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def test_evaluation_gathers_over_the_processes(ran, alone):
@@ -238,7 +238,7 @@ def test_evaluation_gathers_over_the_processes(ran, alone):
     assert json.loads(together) == pytest.approx(json.loads(line), abs=1e-4)
 
 
-# --- parts ----------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text()
 
 
-# --- dependencies and Pythons ---------------------------------------------------------
+# --- dependencies and Pythons ---------------------------------------------------------------------
 
 
 def canonical(name: str) -> str:
@@ -122,7 +122,7 @@ def test_the_module_is_written_in_every_python_that_is_promised(version):
         assert done.returncode == 0, done.stderr.decode()
 
 
-# --- files ----------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_readme_names_only_make_targets_that_exist():
@@ -162,7 +162,7 @@ def test_no_file_is_large():
     assert [name for name in tracked if name and (ROOT / name).stat().st_size > 1_500_000] == []
 
 
-# --- what the README quotes -----------------------------------------------------------
+# --- what the README quotes -----------------------------------------------------------------------
 
 
 def test_readme_quotes_the_benchmark():
@@ -234,7 +234,7 @@ def test_readme_states_what_was_tried():
     assert f"above {frcnn.MAX_PIXELS // 10**6} million pixels" in README
 
 
-# --- a folder of any name -------------------------------------------------------------
+# --- a folder of any name -------------------------------------------------------------------------
 
 NAME = "Kürs № 1 Ωß [a*] 100%"
 

@@ -43,7 +43,7 @@ def tiles(count: int, side: float = 20.0, top: float = 0.0) -> torch.Tensor:
     )
 
 
-# --- anchors --------------------------------------------------------------------------
+# --- anchors --------------------------------------------------------------------------------------
 
 
 def test_anchors_go_level_after_level_row_after_row_ratio_fastest():
@@ -131,7 +131,7 @@ def test_an_anchor_generator_for_another_number_of_levels_is_refused():
         frcnn.AnchorGenerator()(grids((2, 3)), (16, 24))
 
 
-# --- matching -------------------------------------------------------------------------
+# --- matching -------------------------------------------------------------------------------------
 
 GT = torch.tensor([[0.0, 0, 100, 100]])
 
@@ -235,7 +235,7 @@ def test_matching_of_hostile_boxes_equals_the_naive_loops(
     )
 
 
-# --- sampling -------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_every_step_draws_anew_for_every_image():
     assert draw(targets[1:]) == first[1:]  # whatever else is in the batch
 
 
-# --- losses ---------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def test_loss_settings_are_the_papers():
@@ -363,7 +363,7 @@ def test_a_sliver_of_an_object_trains_with_finite_losses(good, data):
     assert deltas.grad.isfinite().all()
 
 
-# --- head -----------------------------------------------------------------------------
+# --- head -----------------------------------------------------------------------------------------
 
 
 def test_head_starts_small_and_gives_one_output_for_each_anchor():
@@ -415,7 +415,7 @@ def test_outputs_lie_in_the_order_of_the_anchors(level, row, column, ratio):
     assert deltas.nonzero().tolist() == [[1, found[0, 1].item(), coordinate]]
 
 
-# --- proposals ------------------------------------------------------------------------
+# --- proposals ------------------------------------------------------------------------------------
 
 
 def propose(rpn, anchors, logits, counts, size=(10_000, 10_000), deltas=None):

@@ -22,7 +22,7 @@ SIZES = [(256, 320), (416, 416), pytest.param((800, 1088), marks=pytest.mark.slo
 EVERYTHING = 1_000_000  # sampled boxes: no random choice is left
 
 
-# --- torchvision's detector and ours --------------------------------------------------
+# --- torchvision's detector and ours --------------------------------------------------------------
 
 
 def random_torchvision_detector() -> torch.nn.Module:
@@ -210,7 +210,7 @@ def test_detect_finds_in_a_photograph_what_torchvision_finds(pair):
     counterparts(expected["boxes"], found["boxes"])
 
 
-# --- the files ------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
 
 
 def test_old_names_of_the_published_file_are_known(pair):

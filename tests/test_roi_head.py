@@ -53,7 +53,7 @@ def by_torchvision(
     return pooled
 
 
-# --- levels ---------------------------------------------------------------------------
+# --- levels ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k0", [4, 5])
@@ -86,7 +86,7 @@ def test_published_levels_are_torchvisions():
     assert torch.equal(frcnn.ROIAlign(level_eps=1e-6).assign_levels(boxes), mapper([boxes]))
 
 
-# --- values ---------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -276,7 +276,7 @@ def test_channels_last_maps_give_the_same():
     torch.testing.assert_close(*results, atol=1e-6, rtol=0)
 
 
-# --- heads ----------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def test_box_head_is_two_rectified_layers():

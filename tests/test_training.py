@@ -80,7 +80,7 @@ def unfinished(folder: Path) -> list[Path]:
     return list(folder.glob(".*.tmp"))
 
 
-# --- learning -------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 def test_loss_falls_on_two_images():
@@ -207,7 +207,7 @@ def test_gradient_is_clipped(clip_norm):
     assert float(moved.detach().norm()) == pytest.approx(clip_norm, rel=1e-2)
 
 
-# --- schedules ------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def rates(recipe, steps, batch):
@@ -260,7 +260,7 @@ def test_step_decay_warms_up_for_at_most_1000_steps():
     assert values[1000] == pytest.approx(0.02)
 
 
-# --- refusals -------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_stream_without_a_usable_image_is_refused(workers, coco_tiny, tmp_path):
         frcnn.train(make_model(), make_loader(tmp_path, workers=workers), 1)
 
 
-# --- checkpoints ----------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -560,7 +560,7 @@ def test_checkpoint_with_other_names_says_which(mine, said, tmp_path):
         frcnn.load_checkpoint(tmp_path / "c.pt", loaded)
 
 
-# --- resume ---------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -606,6 +606,16 @@ def run(coco_tiny, two_shards):
 @pytest.fixture(scope="module")
 def uninterrupted(run):
     return functools.cache(run)
+
+
+def test_a_new_run_with_the_data_set_of_a_resumed_one_begins_at_the_first_row(tmp_path):
+    path = tmp_path / "c.pt"
+    frcnn.train(make_model(), make_loader(), 2, checkpoint_path=path, save_every=1)
+    state = torch.load(path, weights_only=True)
+    loader = make_loader()
+    loader.dataset.resume(state["processes"][0]["stream"])  # behind the first four scenes
+    fresh = frcnn.train(make_model(), make_loader(), 2)
+    assert frcnn.train(make_model(), loader, 2)["loss"] == fresh["loss"]
 
 
 # An epoch of 6 images ends after step 3, and after step 4 with two workers,
@@ -679,7 +689,7 @@ def test_resume_from_bare_weights_is_refused(tmp_path):
         frcnn.train(make_model(), make_loader(), 2, checkpoint_path=tmp_path / "c.pt", resume=True)
 
 
-# --- killed runs ----------------------------------------------------------------------
+# --- killed runs ----------------------------------------------------------------------------------
 # Run as a script with a folder, this file is the driver of the kills:
 # it imports everything once and forks every attempt.
 
@@ -800,7 +810,7 @@ def test_runs_killed_at_50_moments_all_end_as_the_one_nobody_killed(tmp_path):
     assert sum(record["torn"] for record in killed) >= AIMED / 2
 
 
-# --- a cell that is interrupted -------------------------------------------------------
+# --- a cell that is interrupted -------------------------------------------------------------------
 
 
 INTERRUPTS = 4  # of a cell in a notebook
@@ -872,7 +882,7 @@ def test_an_interrupted_cell_leaves_the_kernel_alive_and_a_checkpoint_to_resume_
     )
 
 
-# --- tiny_detector --------------------------------------------------------------------
+# --- tiny_detector --------------------------------------------------------------------------------
 
 
 def test_tiny_detector_trains_once(monkeypatch, tmp_path):
