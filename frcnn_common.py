@@ -91,7 +91,8 @@ COCO_NAMES = (
 _COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(i for i in range(91) if i not in _COCO_UNUSED_IDS)  # label -> official id
 
-CHECKPOINTS = Path(os.environ.get("FRCNN_CHECKPOINTS", Path(__file__).parent / "checkpoints"))
+_HERE = Path(__file__).resolve().parent
+CHECKPOINTS = Path(os.environ.get("FRCNN_CHECKPOINTS", _HERE / "checkpoints"))
 
 # What signatures speak of.
 Size = tuple[int, int]  # height, width; pixels
@@ -399,6 +400,8 @@ class COCOStreamDataset(IterableDataset):
         for count, row in enumerate(rows, 1):
             if count <= done:
                 continue
+            if self.source == "glyphs":  # whose rows hold the number of a scene
+                row = render_glyph_scene(row["image_id"], int(np.min(self.image_size)))
             try:
                 image, target, bad_boxes = self._sample(row)
             except Exception as error:  # of whatever kind: decoders raise SyntaxError and more
@@ -415,9 +418,6 @@ class COCOStreamDataset(IterableDataset):
 
     def _sample(self, row: dict) -> tuple[Tensor, dict, int]:
         """Image and target of one row, and how many of its boxes were left out."""
-        if self.source == "glyphs":  # its rows hold the number of a scene
-            side = int(np.min(self.image_size))
-            row = render_glyph_scene(row["image_id"], side)
         image, found = read_row(row, self.bbox_format)
         image_id = found["image_id"]
         boxes = found["boxes"]  # [K, 4] in pixels of the original
@@ -1721,13 +1721,14 @@ def _begin(path, resume, model, parts, run, dataset) -> tuple[dict, dict, dict |
     history = {name: [] for name in ("step", "lr", "loss", *LOSS_NAMES)}
     stream = {"epoch": 0, "rows": {}, "last": -1}
     dataset.resume(stream | {"rows": {}})  # an earlier run may have left a position
-    if not (resume and path):
-        return history, stream, None
-    _remove_torn(Path(path))
-    if Path(path).exists():
-        return _resume(path, model, parts, run, dataset)
-    print_once(f"no checkpoint at {path} yet: starting at step 0")
-    return history, stream, None
+    begun = history, stream, None
+    if resume and path and Path(path).exists():
+        begun = _resume(path, model, parts, run, dataset)
+    elif resume:
+        print_once(f"no checkpoint at {path} yet: starting at step 0")
+    if resume and path:
+        _remove_torn(Path(path))
+    return begun
 
 
 def _resume(path, model, parts, run, dataset) -> tuple[dict, dict, dict]:
@@ -2030,7 +2031,10 @@ def _annotations(images: Targets, **columns: list[list]) -> list[dict]:
 
 def _read_annotations(path: str | Path) -> COCO:
     try:
-        return COCO(str(path))
+        coco = COCO(str(path))
+        if not {"images", "categories"} <= coco.dataset.keys():
+            raise LookupError("it holds no images or no categories")
+        return coco
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no COCO annotation file: {error}") from error
 
@@ -2165,8 +2169,8 @@ RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries to go on with a stream 
 def open_stream(source: str, split: str) -> datasets.IterableDataset:
     """The rows of a source, their images still encoded. A new kind of source is a branch here.
 
-    All give the same columns. What else differs: `find_bbox_format` knows that of the glyph scenes,
-    `steady_rows` tries the Hub again, and `_train_command` shuffles all but the glyph scenes.
+    All give the Hub's columns, but for the glyph scenes, of which a row holds the number alone:
+    `COCOStreamDataset.__iter__` renders them, and `_train_command` does not shuffle them.
     """
     if source == "glyphs":
         seeds = range(GLYPH_FIRST_SEED[split], GLYPH_FIRST_SEED[split] + GLYPH_SCENES[split])
@@ -2483,6 +2487,8 @@ def render_glyph_scene(seed: int, size: int = IMG_SIZE) -> dict:
         ``objects`` with ``bbox_id``, ``category`` 0..79, ``bbox`` (corners, tight around the ink)
         and ``area`` (inked pixels).
     """
+    if size < 8:  # pixels: a symbol that is turned would stand out
+        raise ValueError(f"a glyph scene has at least 8 pixels a side, got {size}")
     rng = np.random.default_rng(seed)
     most, noise = 5, 8
     canvas = _glyph_background(rng, size)
@@ -2666,14 +2672,15 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` → the same shape."""
-        if not self.training:
+        world = process_rank()[1]
+        if world == 1 or not self.training:
             return super().forward(x)
         values = x.float()
         mean = values.mean((0, 2, 3))  # [C]
         square = values.square().mean((0, 2, 3))  # [C]
         mean, square = _MeanOverProcesses.apply(torch.stack((mean, square)))
         var = square - mean.square()
-        count = values[:, 0].numel() * process_rank()[1]
+        count = values[:, 0].numel() * world
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
@@ -2913,6 +2920,8 @@ def _start_from(weights: str, model: FasterRCNN) -> None:
     elif weights == "coco":
         load_coco_weights(model)
     elif weights != "none":
+        if not Path(weights).is_file():
+            raise ValueError(f"--weights {weights}: neither none, imagenet, coco nor a file")
         load_checkpoint(weights, model)
 
 
@@ -3011,6 +3020,12 @@ _COMMANDS = {
     "evaluate": "the twelve COCO figures of a checkpoint",
     "detect": "draw detections on photographs",
 }
+_AMP_HELP = "mixed precision"
+_SAVE_HELP = "steps between checkpoints"
+_IMAGE_HELP = "pictures, or folders of them"
+_OUT_HELP = "folder for pictures and detections.json"
+_FILE_HELP = "of train; evaluate and detect take torchvision's too"
+_FIRST_HELP = "only the first so many images, in their order"
 _BY_MODEL = "(default: by model)"
 _SIZE_HELP = f"side of the square input; coco: short side; pixels {_BY_MODEL}"
 _SOURCE_HELP = f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
@@ -3022,16 +3037,16 @@ _OPTIONS = (  # the commands that take it, its name, and what argparse should kn
     ("train", "--weights", {"help": f"none, imagenet, coco or a checkpoint {_BY_MODEL}"}),
     ("train", "--resume", {"action": "store_true", "help": "continue from --checkpoint"}),
     ("train", "--seed", {"type": _at_least(0), "default": 0}),
-    ("train", "--amp", {"choices": ("off", "bf16", "fp16"), "default": "off"}),
-    ("train", "--save-every", {"type": _at_least(1), "default": 100, "help": "steps"}),
-    ("train", "--workers", {"type": _at_least(0), "default": 0, "help": "loading processes"}),
+    ("train", "--amp", {"choices": ("off", "bf16", "fp16"), "default": "off", "help": _AMP_HELP}),
+    ("train", "--save-every", {"type": _at_least(1), "default": 100, "help": _SAVE_HELP}),
+    ("train", "--workers", {"type": _at_least(0), "default": 0, "help": "processes that load"}),
     ("evaluate", "--split", {"choices": ("train", "val"), "default": "val"}),
     ("evaluate", "--annotations", {"type": Path, "help": "COCO's own instances_val2017.json"}),
-    ("detect", "images", {"nargs": "+", "type": Path, "metavar": "IMAGE", "help": "or folder"}),
-    ("detect", "--out", {"type": Path, "required": True, "help": "folder for pictures and boxes"}),
-    ("train evaluate detect", "--checkpoint", {"type": Path, "required": True}),
+    ("detect", "images", {"nargs": "+", "type": Path, "metavar": "IMAGE", "help": _IMAGE_HELP}),
+    ("detect", "--out", {"type": Path, "required": True, "help": _OUT_HELP}),
+    ("train evaluate detect", "--checkpoint", {"type": Path, "required": True, "help": _FILE_HELP}),
     ("train evaluate", "--source", {"help": _SOURCE_HELP}),
-    ("train evaluate", "--max-samples", {"type": _at_least(1), "help": "only the first so many"}),
+    ("train evaluate", "--max-samples", {"type": _at_least(1), "help": _FIRST_HELP}),
 )
 
 

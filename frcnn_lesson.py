@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from frcnn_common import PALETTE, first_line
 
-FIGURES = Path(os.environ.get("FRCNN_FIGURES", Path(__file__).parent / "figures"))
+FIGURES = Path(os.environ.get("FRCNN_FIGURES", Path(__file__).resolve().parent / "figures"))
 
 _BLOCKS = {  # of the detector, in the order of the data, and what leaves them
     "data": "image\n[3, H, W]",

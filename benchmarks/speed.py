@@ -35,6 +35,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.image_list import ImageList
 
 import frcnn_common as frcnn
+import frcnn_lesson
 
 RESULTS = Path(__file__).parent / "results.json"
 SIDE = 416  # pixels: divides by 32, so that both sides pad alike
@@ -367,7 +368,7 @@ def draw(rows: dict[str, list[float]]) -> None:
         xlabel="time of frcnn_common / time of torchvision",
         xlim=(0, max(1.2, 1.15 * max(ratios.values()))),
     )
-    frcnn.save_figure(figure, "benchmark.png")
+    frcnn_lesson.save_figure(figure, "benchmark.png")
 
 
 def main() -> None:
