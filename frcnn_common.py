@@ -1249,7 +1249,8 @@ class TwoMLPHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[R, C, H, W]`` → ``[R, fc_dim]``."""
         if x.device.type == "cpu" and not self.training:
-            # The same sum as a convolution whose kernel covers the whole map.
+            # The same sum as a convolution whose kernel covers the whole map: quicker for the
+            # thousand boxes of an image, though not for a hundred. It needs more memory.
             kernel = self.fc1.weight.view(-1, *x.shape[1:])  # [fc_dim, C, H, W]
             hidden = F.conv2d(x, kernel, self.fc1.bias).flatten(1)  # [R, fc_dim]
         else:
