@@ -68,6 +68,15 @@ def test_cells_are_short(notebook):
     assert max(lengths) <= 40
 
 
+def test_lines_of_code_are_short(notebook):
+    sources = [cell.source.splitlines() for cell in code_cells(notebook)]
+    code = [line for source in sources for line in source if line.strip()]
+    lengths = sorted(len(line) for line in code if not line.strip().startswith("#"))
+    assert lengths[-1] <= 100
+    assert lengths[len(lengths) * 9 // 10] <= 92
+    assert statistics.median(lengths) <= 48
+
+
 def test_prose_and_code_are_in_proportion(notebook):
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     assert 5 <= words / sum(lines(cell) for cell in code_cells(notebook)) <= 15
