@@ -221,6 +221,21 @@ def test_ctrl_c_says_one_line(capfd, monkeypatch, tmp_path):
     assert last == "frcnn_common: stopped; where there is a checkpoint, --resume goes on from it"
 
 
+def test_a_run_begins_with_the_weights_of_a_checkpoint(call, monkeypatch, tmp_path):
+    options = f"train {TINY} --source glyphs --steps 1 --checkpoint {tmp_path}"
+    assert call(f"{options}/first.pt")[0] == 0
+    first = torch.load(tmp_path / "first.pt", weights_only=True)["model"]
+    started = {}
+
+    def train(model, *arguments, **named):
+        started.update(model.state_dict())
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(frcnn, "train", train)
+    assert call(f"{options}/second.pt --weights {tmp_path}/first.pt")[0] == 2
+    assert all(torch.equal(started[name], value) for name, value in first.items())
+
+
 def test_resume_of_nothing_begins(call, tmp_path):
     code, out, err = call(
         f"train {TINY} --source glyphs --steps 1 --checkpoint {tmp_path}/c.pt --resume"
@@ -311,6 +326,18 @@ BAD = {
     "steps in words": ("train {tiny} --steps abc --checkpoint {files}/whole.pt", "--steps"),
     "no batch": ("train --model tiny --batch 0 --checkpoint {files}/whole.pt", "--batch"),
     "no size": ("train --model tiny --image-size 0 --checkpoint {files}/whole.pt", "--image-size"),
+    "no such weights": (
+        "train {tiny} --source glyphs --weights imagent --checkpoint {files}/new.pt",
+        "neither none, imagenet, coco nor a file",
+    ),
+    "weights of another model": (
+        "train --model full --source glyphs --weights {files}/whole.pt --checkpoint {files}/new.pt",
+        "does not fit the model",
+    ),
+    "too small for a scene": (
+        "train --model tiny --source glyphs --image-size 4 --checkpoint {files}/new.pt",
+        "at least 8 pixels",
+    ),
     "never saved": ("train {tiny} --save-every 0 --checkpoint {files}/whole.pt", "--save-every"),
     "no samples": ("train {tiny} --max-samples 0 --checkpoint {files}/whole.pt", "--max-samples"),
     "negative workers": (

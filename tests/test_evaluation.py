@@ -178,7 +178,10 @@ def test_image_unknown_to_the_file_is_refused(coco_tiny):
         frcnn.evaluate(Replay(dataset), dataset, annotations=coco_tiny / "instances_val.json")
 
 
-@pytest.mark.parametrize("content", ["[]", "hello", '{"images": []}', ""])
+WITHOUT_CATEGORIES = '{"images": [{"id": 1, "width": 9, "height": 9}], "annotations": []}'
+
+
+@pytest.mark.parametrize("content", ["[]", "hello", '{"images": []}', "", WITHOUT_CATEGORIES])
 def test_foreign_annotation_file_is_refused(content, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(content)
@@ -279,6 +282,18 @@ def test_data_set_without_images_is_refused(monkeypatch):
 
 
 # --- the model ------------------------------------------------------------------------------------
+
+
+def test_detect_dataset_restores_the_mode_after_an_error():
+    model = frcnn.tiny_faster_rcnn().train()
+
+    def fail(module, inputs):
+        raise RuntimeError("out of memory")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        frcnn.detect_dataset(model, make_dataset("glyphs", 2))
+    assert model.training
 
 
 @pytest.mark.parametrize("training", [True, False])
