@@ -8,7 +8,8 @@ the same by hand.
 Conventions, everywhere in this file:
 
 * a box is ``(x1, y1, x2, y2)`` in pixels of the network input, continuous, no "+1" in widths;
-* a size is (height, width); label 0 is background, 1..80 are the COCO categories;
+* a size is (height, width); label 0 is background, 1.. are the categories of the data, COCO's 80
+  where nothing else is said;
 * in shapes, B is images, N and M boxes, K objects of one image, A anchors of one image, R boxes of
   the whole batch, C channels or classes.
 
@@ -18,12 +19,10 @@ ResNet (He et al., 2016), Mask R-CNN (He et al., 2017; for ROIAlign).
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import glob
 import io
-import itertools
 import json
 import math
 import os
@@ -36,11 +35,10 @@ import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
-import filelock
 import huggingface_hub
-import matplotlib
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,14 +47,17 @@ from datasets.distributed import split_dataset_by_node
 from matplotlib import colors, patches, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from pyarrow import ArrowException, StructType, parquet
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from pyarrow import ArrowException, parquet
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
+
+import frcnn_sources as sources
+from frcnn_sources import first_line
 
 # --------------------------------------------------------------------------------------------------
 # 1. Constants
@@ -91,7 +92,18 @@ COCO_NAMES = (
 _COCO_UNUSED_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(i for i in range(91) if i not in _COCO_UNUSED_IDS)  # label -> official id
 
+
+class Classes(NamedTuple):
+    """What labels mean: ``names[label]``, and ``ids[label]`` as the data itself counts them."""
+
+    names: tuple[str, ...]  # label 0 is the background
+    ids: tuple[int, ...]
+
+
+COCO_CLASSES = Classes(COCO_NAMES, COCO_CATEGORY_IDS)
+
 _HERE = Path(__file__).resolve().parent
+TINY_DETECTOR = _HERE / "tiny_detector.pt"  # trained on the glyph scenes: `make detector`
 CHECKPOINTS = Path(os.environ.get("FRCNN_CHECKPOINTS", _HERE / "checkpoints"))
 
 # What signatures speak of.
@@ -322,7 +334,7 @@ def _float32_below(threshold: float) -> float:
 
 
 class COCOStreamDataset(IterableDataset):
-    """Stream of ``(image, target)`` from the Hub's COCO, a folder of shards, or glyph scenes.
+    """Stream of ``(image, target)`` from the Hub, a folder of one's own, or glyph scenes.
 
     Parameters
     ----------
@@ -332,8 +344,9 @@ class COCOStreamDataset(IterableDataset):
     max_samples : int, optional
         Use only the first so many rows, counted over all workers and ranks together.
     source : str, optional
-        "detection-datasets/coco" (the Hub), a folder, or "glyphs". None: ``$FRCNN_DATA``, else the
-        Hub, else, where it does not answer, the glyph scenes, said in one line.
+        A data set of the Hub ("detection-datasets/coco"), a folder (see `open_source`), or
+        "glyphs". None: ``$FRCNN_DATA``, else the Hub's COCO, else, where the Hub does not answer,
+        the glyph scenes, said in one line.
     image_size : int, or (shortest, longest)
         Side of a square output, or sides of one that keeps its aspect, pixels: see `prepare_image`.
     shuffle_buffer : int
@@ -344,16 +357,26 @@ class COCOStreamDataset(IterableDataset):
         Share of the images that are mirrored left to right, 0..1.
     bbox_format : {"xyxy", "xywh"}, optional
         How ``objects.bbox`` is meant. None: decided from the first rows and printed.
+    val_share : float
+        Share of a folder with one annotation file only that is "val" and not "train", 0..1.
+
+    Attributes
+    ----------
+    classes : Classes
+        Names and ids of the labels.
+    images : int or None
+        Rows of the split, where that is known beforehand.
 
     Yields
     ------
     image : Tensor float32 ``[3, H, W]``
         ImageNet-normalised.
     target : dict
-        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` in 1..80,
+        ``boxes`` float32 ``[K, 4]`` in pixels of the output, ``labels`` int64 ``[K]`` from 1 on,
         ``area`` float32 ``[K]`` in square pixels of the original (COCO's, of the segmentation),
-        ``image_id`` int, ``size`` and ``orig_size`` (height, width) of output and original,
-        ``position`` (worker, rows that it has read of this epoch): where to resume.
+        ``iscrowd`` bool ``[K]`` (never true in "train"), ``image_id`` int, ``size`` and
+        ``orig_size`` (height, width) of output and original, ``position`` (worker, rows that it has
+        read of this epoch): where to resume.
     """
 
     def __init__(
@@ -366,6 +389,7 @@ class COCOStreamDataset(IterableDataset):
         seed: int = 0,
         flip: float = 0.0,
         bbox_format: str | None = None,
+        val_share: float = 0.2,
     ) -> None:
         super().__init__()
         self.split = {"validation": "val"}.get(split, split)
@@ -385,8 +409,9 @@ class COCOStreamDataset(IterableDataset):
         # Rows and boxes that were left out: each worker counts in its own cell of shared memory.
         self._left_out = torch.zeros(2, _MOST_WORKERS, dtype=torch.int64).share_memory_()
         self.source = str(source or os.environ.get("FRCNN_DATA") or hub_or_glyphs())
-        self._stream = open_stream(self.source, self.split)
-        self.bbox_format = bbox_format or find_bbox_format(self._stream, self.source)
+        opened = open_source(self.source, self.split, val_share)
+        self.rows, self.classes, self.images = opened
+        self.bbox_format = bbox_format or find_bbox_format(self.rows, self.source, self.classes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict]]:
         info = get_worker_info()
@@ -400,13 +425,13 @@ class COCOStreamDataset(IterableDataset):
         for count, row in enumerate(rows, 1):
             if count <= done:
                 continue
-            if self.source == "glyphs":  # whose rows hold the number of a scene
-                row = render_glyph_scene(row["image_id"], int(np.min(self.image_size)))
+            row = self.rendered(row)
             try:
                 image, target, bad_boxes = self._sample(row)
             except Exception as error:  # of whatever kind: decoders raise SyntaxError and more
                 self._left_out[0, worker % _MOST_WORKERS] += 1
-                what = f"image_id {row.get('image_id')} skipped"
+                file = f" ({row['image']})" if isinstance(row.get("image"), str) else ""
+                what = f"image_id {row.get('image_id')}{file} skipped"
                 warnings.warn(f"{what}: {first_line(error)}", stacklevel=2)
                 continue
             if bad_boxes:
@@ -418,7 +443,7 @@ class COCOStreamDataset(IterableDataset):
 
     def _sample(self, row: dict) -> tuple[Tensor, dict, int]:
         """Image and target of one row, and how many of its boxes were left out."""
-        image, found = read_row(row, self.bbox_format)
+        image, found = read_row(row, self.bbox_format, len(self.classes.names))
         image_id = found["image_id"]
         boxes = found["boxes"]  # [K, 4] in pixels of the original
 
@@ -434,18 +459,29 @@ class COCOStreamDataset(IterableDataset):
         boxes /= np.array(image.size * 2)
         boxes = boxes.astype(np.float32)
 
-        # Leave out boxes without width or height, whose logarithm is asked for, and NaN.
+        # Leave out boxes without width or height, whose logarithm is asked for, and NaN; crowds,
+        # which are no objects to learn from.
         valid = (box_sizes(boxes) > 0).all(1)  # [K]
-        columns = {"boxes": boxes, "labels": found["labels"], "area": found["area"]}
-        target = {name: torch.from_numpy(column[valid]) for name, column in columns.items()}
+        bad = int((~valid).sum())
+        if self.split == "train":
+            valid &= ~found["iscrowd"]
+        columns = found | {"boxes": boxes}
+        names = ("boxes", "labels", "area", "iscrowd")
+        target = {name: torch.from_numpy(columns[name][valid]) for name in names}
         target["image_id"] = image_id
         target["size"] = (height, width)
         target["orig_size"] = (image.height, image.width)
-        return pixels, target, int((~valid).sum())
+        return pixels, target, bad
+
+    def rendered(self, row: dict) -> dict:
+        """The row; of the glyph scenes, whose rows hold a number alone, the scene drawn now."""
+        if self.source == "glyphs":
+            return sources.render_glyph_scene(row["image_id"], int(np.min(self.image_size)))
+        return row
 
     def _rows(self, reader: int, readers: int) -> Iterator[dict]:
         """This reader's share of the epoch's rows: each row goes to exactly one reader."""
-        stream = self._stream
+        stream = self.rows
         if self.max_samples is not None:
             stream = stream.take(self.max_samples)
         if self.shuffle_buffer:
@@ -459,7 +495,7 @@ class COCOStreamDataset(IterableDataset):
         stream = split_dataset_by_node(stream, reader, readers, strategy=strategy)
         if self.shuffle_buffer:
             stream.set_epoch(self.epoch)  # last: all methods above return a stream at epoch 0 again
-        yield from steady_rows(stream, self.source)
+        yield from rows_of(stream, self.source)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass. Epochs count from 0; call it before iterating."""
@@ -645,9 +681,7 @@ class ResNet50(nn.Module):
                 nn.init.zeros_(module.bn3.weight)
 
         self.checkpointing = checkpointing
-        self.frozen = self.stages()[:frozen_stages]
-        for stage in self.frozen:
-            stage.requires_grad_(False)
+        self.freeze(frozen_stages)
         self.has_weights = False
         self.register_load_state_dict_post_hook(lambda net, _: setattr(net, "has_weights", True))
 
@@ -664,6 +698,12 @@ class ResNet50(nn.Module):
     def stages(self) -> tuple[nn.Module, ...]:
         """Stem and the four layers, in order."""
         return (self.stem, self.layer1, self.layer2, self.layer3, self.layer4)
+
+    def freeze(self, stages: int) -> None:
+        """From now on so many of `stages` do not learn."""
+        self.frozen = self.stages()[:stages]
+        for stage in self.frozen:
+            stage.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ResNet50:
         """As in `nn.Module`, but frozen stages stay in eval mode: their statistics stand still."""
@@ -1294,7 +1334,7 @@ class FasterRCNN(nn.Module):
     Parameters
     ----------
     num_classes : int
-        With background.
+        With background. What they are called, ``classes``, `train` takes from the data.
     backbone, fpn, rpn, roi_align, box_head : Module, optional
         The parts. Default: the sizes of the FPN paper on a ResNet-50 with frozen batch norm whose
         stem and layers 1–3 do not learn: load weights into it.
@@ -1328,6 +1368,7 @@ class FasterRCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.classes = COCO_CLASSES if num_classes == NUM_CLASSES else None
         self.box_weights = tuple(box_weights)
         self.max_log_scale = max_log_scale
         self.min_detection = min_detection
@@ -1456,43 +1497,16 @@ class FasterRCNN(nn.Module):
         sizes = torch.tensor(image_sizes, device=boxes.device)  # [B, 2]
         boxes = clip_boxes(boxes, sizes[image])
         big_enough = (box_sizes(boxes) >= self.min_detection).all(dim=1)  # [S]
-        boxes, scores = boxes[big_enough], scores[big_enough]
-        label, image = label[big_enough], image[big_enough]
+        boxes = boxes[big_enough]
+        scores = scores[big_enough]
+        label = label[big_enough]
+        image = image[big_enough]
 
         # One NMS for all images and classes.
         groups = image * self.num_classes + label
         keep = batched_nms(boxes, scores, groups, self.NMS_THR)
         best = [keep[image[keep] == i][: self.MAX_DETS] for i in range(len(proposals))]
         return [{"boxes": boxes[i], "scores": scores[i], "labels": label[i]} for i in best]
-
-
-def check_targets(images: Tensor, targets: Targets | None, num_classes: int) -> None:
-    """Refuse targets that would train on nonsense or give NaN, naming image, object and value.
-
-    Raises
-    ------
-    ValueError
-        Missing targets, a wrong shape, a label outside 1..``num_classes - 1``, a box that is not
-        finite or has no area.
-    """
-    if targets is None or len(targets) != len(images):
-        counts = f"{len(images)} images, got {targets and len(targets)}"
-        raise ValueError(f"training needs one target for each of the {counts}")
-    for i, target in enumerate(targets):
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            shapes = f"{list(boxes.shape)} and {list(labels.shape)}"
-            raise ValueError(f"target {i}: boxes must be [K, 4] and labels [K], got {shapes}")
-        good = boxes.isfinite().all(1) & (box_sizes(boxes) > 0).all(1)  # [K]
-        if not good.all():
-            k = int(good.int().argmin())
-            needs = f"needs x1 < x2 and y1 < y2, got {boxes[k].tolist()}"
-            raise ValueError(f"target {i}: box {k} {needs}")
-        good = (labels >= 1) & (labels < num_classes)
-        if not good.all():
-            k = int(good.int().argmin())
-            needs = f"must lie in 1..{num_classes - 1}, got {int(labels[k])}"
-            raise ValueError(f"target {i}: label {k} {needs}")
 
 
 def tiny_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
@@ -1511,12 +1525,12 @@ def tiny_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     return model
 
 
-def full_faster_rcnn() -> FasterRCNN:
+def full_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     """The paper's size, all of it learning from random weights, so with live batch norm."""
-    return FasterRCNN(backbone=ResNet50())
+    return FasterRCNN(num_classes, ResNet50())
 
 
-def coco_faster_rcnn() -> FasterRCNN:
+def coco_faster_rcnn(num_classes: int = NUM_CLASSES) -> FasterRCNN:
     """What torchvision's COCO weights mean something in; still random: see `load_coco_weights`.
 
     The differences to the defaults of this file: anchors centred on the corner of their cell,
@@ -1529,6 +1543,7 @@ def coco_faster_rcnn() -> FasterRCNN:
     rpn = RegionProposalNetwork(RPNHead(), anchors, **limits, max_log_scale=max_log_scale)
     norm = functools.partial(FrozenBatchNorm2d, eps=0.0)
     model = FasterRCNN(
+        num_classes,
         backbone=ResNet50(norm=norm, frozen_stages=2),
         rpn=rpn,
         roi_align=ROIAlign(aligned=False, level_eps=1e-6),
@@ -1547,6 +1562,7 @@ MODELS = {"tiny": tiny_faster_rcnn, "full": full_faster_rcnn, "coco": coco_faste
 # --------------------------------------------------------------------------------------------------
 
 LOSS_NAMES = ("rpn_cls", "rpn_box", "roi_cls", "roi_box")
+AMP = ("off", "bf16", "fp16")
 
 
 def one_cycle(model: nn.Module, steps: int, batch: int, lr: float = 2e-3) -> tuple:
@@ -1595,6 +1611,7 @@ def train(
         Only parameters with ``requires_grad`` are trained.
     loader : DataLoader
         Over a `COCOStreamDataset`, with `frcnn_collate_fn`. Epochs follow one another as needed.
+        The model takes over what its classes are called.
     steps : int
         Steps of the whole run, those before a resume included.
     recipe : callable
@@ -1628,7 +1645,7 @@ def train(
     FloatingPointError
         A loss that is not finite; names the step, the losses and the images of the batch.
     """
-    _check_run(steps, save_every, amp, model)
+    _check_run(steps, save_every, amp, model, loader.dataset)
     path, batch, (rank, world) = checkpoint_path, loader.batch_size, process_rank()
     optimizer, schedule = recipe(model, steps, batch * world)
     scaler = torch.amp.GradScaler(_device(model).type, enabled=amp == "fp16")
@@ -1656,6 +1673,36 @@ def train(
             model.train()
     report_left_out(loader.dataset)
     return history
+
+
+def check_targets(images: Tensor, targets: Targets | None, num_classes: int) -> None:
+    """Refuse targets that would train on nonsense or give NaN, naming image, object and value.
+
+    Raises
+    ------
+    ValueError
+        Missing targets, a wrong shape, a label outside 1..``num_classes - 1``, a box that is not
+        finite or has no area.
+    """
+    if targets is None or len(targets) != len(images):
+        counts = f"{len(images)} images, got {targets and len(targets)}"
+        raise ValueError(f"training needs one target for each of the {counts}")
+    for i, target in enumerate(targets):
+        boxes = target["boxes"]
+        labels = target["labels"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            shapes = f"{list(boxes.shape)} and {list(labels.shape)}"
+            raise ValueError(f"target {i}: boxes must be [K, 4] and labels [K], got {shapes}")
+        good = boxes.isfinite().all(1) & (box_sizes(boxes) > 0).all(1)  # [K]
+        if not good.all():
+            k = int(good.int().argmin())
+            needs = f"needs x1 < x2 and y1 < y2, got {boxes[k].tolist()}"
+            raise ValueError(f"target {i}: box {k} {needs}")
+        good = (labels >= 1) & (labels < num_classes)
+        if not good.all():
+            k = int(good.int().argmin())
+            needs = f"must lie in 1..{num_classes - 1}, got {int(labels[k])}"
+            raise ValueError(f"target {i}: label {k} {needs}")
 
 
 def _train_step(model, batch, optimizer, scaler, clip_norm, amp, step) -> dict[str, float]:
@@ -1709,12 +1756,17 @@ def _on_device(target: dict, device: torch.device) -> dict:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in target.items()}
 
 
-def _check_run(steps: int, save_every: int, amp: str, model: nn.Module) -> None:
-    if steps < 1 or save_every < 1 or amp not in ("off", "bf16", "fp16"):
+def _check_run(steps, save_every, amp, model, dataset) -> None:
+    if steps < 1 or save_every < 1 or amp not in AMP:
         wanted = "steps and save_every must be at least 1 and amp off, bf16 or fp16"
         raise ValueError(f"{wanted}, got {steps}, {save_every}, {amp}")
     if amp == "fp16" and _device(model).type != "cuda":
         raise ValueError("amp fp16 needs CUDA; on this device there is bf16")
+    count = len(dataset.classes.names)
+    if count != model.num_classes:
+        theirs = f"{dataset.source} has {count} classes, background included"
+        raise ValueError(f"{theirs}: build the model with num_classes={count}")
+    model.classes = dataset.classes
 
 
 def _begin(path, resume, model, parts, run, dataset) -> tuple[dict, dict, dict | None]:
@@ -1797,7 +1849,8 @@ def save_checkpoint(path: str | Path, model: FasterRCNN, **state: object) -> Non
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"model_name": model.name, "model": model.state_dict(), **state}, file)
+            weights = {"model": model.state_dict(), "classes": model.classes and [*model.classes]}
+            torch.save({"model_name": model.name, **weights, **state}, file)
             file.flush()
             os.fsync(file.fileno())  # the bytes before the name: a rename may reach the disk first
         temporary.replace(path)
@@ -1837,8 +1890,24 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
     ------
     FileNotFoundError, ValueError
         No such file; a torn or foreign one; one of another model, naming the first weights that
-        differ.
+        differ, or of other classes, naming these.
     """
+    name, weights, classes, state = _read_checkpoint(path)
+    if model is None:
+        if name not in MODELS:
+            known = sorted(MODELS)
+            raise ValueError(f"{path} holds a model called {name!r}; known are {known}")
+        outputs = weights.get("predictor.cls.bias", ())
+        model = MODELS[name](len(outputs)).to(DEVICE)
+        model.classes = classes
+    check_classes(model.classes, classes, "the model", f"{path}")
+    load_weights(model, weights, f"{path} ({name})")
+    model.classes = classes or model.classes
+    return model, state
+
+
+def _read_checkpoint(path: str | Path) -> tuple[str, dict, Classes | None, dict]:
+    """Name and weights of the model in a file, its classes, and all else that was saved."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -1847,46 +1916,41 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         if "roi_heads.box_head.fc6.weight" in state:
             state = {"model_name": "coco", "model": coco_from_torchvision(state)}
         name, weights = state.pop("model_name"), dict(state.pop("model"))
+        classes = state.pop("classes", None)
+        classes = Classes(*map(tuple, classes)) if classes else None
     except Exception as error:  # a torn zip, a pickle with code, another program's file
         kind = type(error).__name__
         raise ValueError(f"{path} is no whole checkpoint of this program ({kind})") from error
-    if model is None:
-        if name not in MODELS:
-            known = sorted(MODELS)
-            raise ValueError(f"{path} holds a model called {name!r}; known are {known}")
-        model = MODELS[name]().to(DEVICE)
-    load_weights(model, weights, f"{path} ({name})")
-    return model, state
+    if classes is None and len(weights.get("predictor.cls.bias", ())) == NUM_CLASSES:
+        classes = COCO_CLASSES
+    return name, weights, classes, state
+
+
+def check_classes(mine: Classes | None, theirs: Classes | None, whose: str, others: str) -> None:
+    """Refuse the classes of two sides where both are known and differ.
+
+    Raises
+    ------
+    ValueError
+        Names the first ones, with their ids, that only one of the two has.
+    """
+    if None in (mine, theirs) or mine == theirs:
+        return
+    sides = {whose: (mine, theirs), others: (theirs, mine)}
+    only = []
+    for side, (these, those) in sides.items():
+        pairs = [f"{name} ({i})" for name, i in zip(*these) if (name, i) not in zip(*those)]
+        only.append(f"only in {side}: {', '.join(pairs[:5]) or 'none'}{', …' * (len(pairs) > 5)}")
+    raise ValueError(f"the classes differ, {'; '.join(only)}")
 
 
 def tiny_detector() -> FasterRCNN:
-    """A trained tiny detector in eval mode: from ``checkpoints/tiny.pt``, else trained once.
+    """A trained tiny detector in eval mode: from ``checkpoints/tiny.pt``, else the shipped one.
 
-    That takes about a minute. A lock makes two notebooks that ask at the same time train it once.
-    Where the folder cannot be written, each trains its own.
+    Notebook 05 writes the first; `make detector` made the second, in half precision.
     """
     path = CHECKPOINTS / "tiny.pt"
-    if not path.exists():  # a whole one needs no lock, which a read-only folder would refuse
-        try:
-            CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(f"{path}.lock").acquire()
-        except OSError as error:
-            print_once(f"The tiny detector is trained and not saved: {first_line(error)}")
-            return _trained_tiny_detector(None).eval()
-        with lock:
-            if not path.exists():
-                _trained_tiny_detector(path)
-    return load_checkpoint(path)[0].eval()
-
-
-def _trained_tiny_detector(path: Path | None) -> FasterRCNN:
-    with _forked_rng(DEVICE):  # the caller's random numbers are what they are with a file
-        torch.manual_seed(0)
-        model = tiny_faster_rcnn().to(DEVICE)
-        dataset = COCOStreamDataset("train", source="glyphs", image_size=TINY_IMAGE_SIZE)
-        loader = DataLoader(dataset, batch_size=TINY_BATCH, collate_fn=frcnn_collate_fn)
-        train(model, loader, TINY_STEPS, checkpoint_path=path, save_every=TINY_STEPS)
-    return model
+    return load_checkpoint(path if path.exists() else TINY_DETECTOR)[0].eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1952,29 +2016,36 @@ def evaluate(
     See `coco_evaluation`. Under torchrun each process detects on its share of the images, and all
     get the figures of the whole.
     """
+    check_classes(getattr(model, "classes", None), dataset.classes, "the model", dataset.source)
     shares = gather(detect_dataset(model, dataset, batch_size))
     report_left_out(dataset)
     truth, results = ([x for share in shares for x in share[i]] for i in (0, 1))
     if not truth:
         raise ValueError(f"{dataset.source} gives not one image to evaluate on")
-    figures = coco_evaluation(truth, results, annotations).stats.tolist()
+    figures = coco_evaluation(truth, results, annotations, dataset.classes).stats.tolist()
     return dict(zip(COCO_FIGURES, figures, strict=True))
 
 
 def coco_evaluation(
-    truth: Targets, results: Targets, annotations: str | Path | None = None
+    truth: Targets,
+    results: Targets,
+    annotations: str | Path | None = None,
+    classes: Classes = COCO_CLASSES,
 ) -> COCOeval:
     """COCO's evaluation of detections against ground truth, both in pixels of the original images.
 
     Parameters
     ----------
     truth : sequence of dict
-        For each image ``image_id``, ``orig_size``, ``boxes`` ``[K, 4]``, ``labels`` and ``area``.
+        For each image ``image_id``, ``orig_size``, ``boxes`` ``[K, 4]``, ``labels`` and ``area``;
+        ``iscrowd`` where there are crowds: what is found in one counts neither way.
     results : sequence of dict
         For the same images ``boxes`` ``[D, 4]``, ``scores`` and ``labels`` ``[D]``.
     annotations : path, optional
         COCO's own file, such as ``instances_val2017.json``: its objects, crowds included, replace
         those in ``truth``.
+    classes : Classes
+        What the labels are called, and their ids in the evaluation.
 
     Returns
     -------
@@ -1983,17 +2054,20 @@ def coco_evaluation(
         curves.
     """
     ids = [t["image_id"] for t in truth]
-    twice = [i for i, count in collections.Counter(ids).items() if count > 1]
+    twice = sources.doubled(ids)
     if twice:  # pycocotools would count the objects of both for each
         raise ValueError(f"{len(twice)} images come more than once, such as image_id {twice[0]}")
     found = [r | {"image_id": i} for i, r in zip(ids, results, strict=True)]
     scores = [r["scores"].tolist() for r in results]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
-        coco = _own_annotations(truth) if annotations is None else _read_annotations(annotations)
+        if annotations is None:
+            coco = _own_annotations(truth, classes)
+        else:
+            coco = sources.read_annotations(annotations)
         _check_images(ids, coco, annotations)
-        records = _annotations(found, score=scores)
+        records = _annotations(found, classes, score=scores)
         # `loadRes` does not take an empty list.
-        nothing = _indexed(coco.dataset | {"annotations": []})
+        nothing = sources.indexed(coco.dataset | {"annotations": []})
         evaluation = COCOeval(coco, coco.loadRes(records) if records else nothing, "bbox")
         evaluation.params.imgIds = ids
         evaluation.evaluate()
@@ -2002,49 +2076,32 @@ def coco_evaluation(
     return evaluation
 
 
-def _own_annotations(truth: Targets) -> COCO:
+def _own_annotations(truth: Targets, classes: Classes) -> COCO:
     """What `COCOStreamDataset` knows about the images, as pycocotools wants it."""
     images = [
         {"id": t["image_id"], "height": t["orig_size"][0], "width": t["orig_size"][1]}
         for t in truth
     ]
-    names = zip(COCO_CATEGORY_IDS[1:], COCO_NAMES[1:], strict=True)
-    categories = [{"id": i, "name": name} for i, name in names]
+    kinds = zip(classes.names[1:], classes.ids[1:], strict=True)
+    categories = [{"id": i, "name": name} for name, i in kinds]
     areas = [t["area"].tolist() for t in truth]
-    no_crowd = [[0] * len(a) for a in areas]
-    objects = _annotations(truth, area=areas, iscrowd=no_crowd)
+    crowds = [t.get("iscrowd", torch.zeros(len(t["boxes"]))).int().tolist() for t in truth]
+    objects = _annotations(truth, classes, area=areas, iscrowd=crowds)
     dataset = {"images": images, "annotations": objects, "categories": categories, "info": {}}
-    return _indexed(dataset)
+    return sources.indexed(dataset)
 
 
-def _annotations(images: Targets, **columns: list[list]) -> list[dict]:
+def _annotations(images: Targets, classes: Classes, **columns: list[list]) -> list[dict]:
     """COCO's records for the boxes of ``images``; ``columns`` hold further fields, box by box."""
     records = []
     for i, image in enumerate(images):
         boxes, labels = image["boxes"].tolist(), image["labels"].tolist()
         for k, ((x1, y1, x2, y2), label) in enumerate(zip(boxes, labels, strict=True)):
-            record = {"image_id": image["image_id"], "category_id": COCO_CATEGORY_IDS[label]}
+            record = {"image_id": image["image_id"], "category_id": classes.ids[label]}
             record["bbox"] = [x1, y1, x2 - x1, y2 - y1]
             record["id"] = len(records) + 1  # pycocotools takes id 0 for "none"
             records.append(record | {name: column[i][k] for name, column in columns.items()})
     return records
-
-
-def _read_annotations(path: str | Path) -> COCO:
-    try:
-        coco = COCO(str(path))
-        if not {"images", "categories"} <= coco.dataset.keys():
-            raise LookupError("it holds no images or no categories")
-        return coco
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no COCO annotation file: {error}") from error
-
-
-def _indexed(dataset: dict) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
 
 
 def _check_images(ids: Sequence[int], coco: COCO, annotations: str | Path | None) -> None:
@@ -2077,6 +2134,7 @@ def draw_boxes(
     linestyle: str = "-",
     linewidth: float = 2.0,
     fontsize: float = 9.0,
+    names: Sequence[str] = COCO_NAMES,
 ) -> None:
     """Draw an image and boxes on it, each with its class name and score where they are given.
 
@@ -2090,6 +2148,8 @@ def draw_boxes(
         In pixels of the image.
     labels, scores : ``[N]``, optional
         Class numbers and scores in 0..1.
+    names : sequence of str
+        What the class numbers are called.
     color, linestyle, linewidth, fontsize
         One colour for all boxes instead of one for each class; matplotlib's names.
     """
@@ -2105,18 +2165,30 @@ def draw_boxes(
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).tolist()
     labels = [None] * len(boxes) if labels is None else [int(label) for label in labels]
     scores = [None] * len(boxes) if scores is None else torch.as_tensor(scores).tolist()
+    shades = class_colors(labels)
     style = {"fill": False, "linewidth": linewidth, "linestyle": linestyle}
     # A dark rim keeps every colour visible on every background.
     rim = patheffects.withStroke(linewidth=linewidth + 1.5, foreground="black")
     for (x1, y1, x2, y2), label, score in zip(boxes, labels, scores, strict=True):
-        shade = color or PALETTE[(label or 0) % len(PALETTE)]
+        shade = color or shades[label]
         box = patches.Rectangle((x1, y1), x2 - x1, y2 - y1, edgecolor=shade, **style)
         box.set_path_effects([rim])
         ax.add_patch(box)
-        words = [COCO_NAMES[label]] if label is not None else []
+        words = [names[label]] if label is not None else []
         words += [f"{score:.2f}"] if score is not None else []
         if words:
             _write(ax, " ".join(words), (x1, y1, x2), shade, fontsize)
+
+
+def class_colors(labels: Sequence[int | None]) -> dict[int | None, str]:
+    """A colour for each class of a picture: its own, or the next one that is free."""
+    colours = {}
+    for label in sorted({label for label in labels if label is not None}):
+        own = label % len(PALETTE)
+        ring = PALETTE[own:] + PALETTE[:own]
+        free = [colour for colour in ring if colour not in colours.values()]
+        colours[label] = (free or ring)[0]
+    return colours | {None: PALETTE[0]}
 
 
 def _write(ax: Axes, text: str, edges: tuple, shade: str, fontsize: float) -> None:
@@ -2141,16 +2213,29 @@ def to_picture(image: Picture) -> np.ndarray:
 
 
 def picture_with_detections(
-    picture: Image.Image, found: dict[str, Tensor], shortest: int = 400, longest: int = 1600
+    picture: Image.Image,
+    found: dict[str, Tensor],
+    min_score: float = 0.0,
+    names: Sequence[str] = COCO_NAMES,
+    truth: Tensor | None = None,
 ) -> Figure:
-    """A figure of the picture and its boxes alone; its long side within the two limits, pixels."""
+    """A figure of the picture and its boxes alone, those of ``truth`` ``[K, 4]`` dashed.
+
+    Detections below ``min_score`` are left out.
+    """
+    shortest, longest = 400, 1600  # pixels of the long side
     dpi, least = 100, 32
     scale = min(max(max(picture.size), shortest), longest) / max(picture.size)
     width, height = (max(least, round(side * scale)) for side in picture.size)
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     small = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    found = rescale_result(found, (picture.height, picture.width), (height, width))
-    draw_boxes(figure.add_axes((0, 0, 1, 1)), small, **found)
+    ax = figure.add_axes((0, 0, 1, 1))
+    found = {name: column[found["scores"] >= min_score] for name, column in found.items()}
+    change = (picture.height, picture.width), (height, width)
+    draw_boxes(ax, small, **rescale_result(found, *change), names=names)
+    if truth is not None:
+        truth = rescale_result({"boxes": truth}, *change)["boxes"]
+        draw_boxes(ax, None, truth, color="white", linestyle="--")
     return figure
 
 
@@ -2159,32 +2244,105 @@ def picture_with_detections(
 # --------------------------------------------------------------------------------------------------
 
 # A row has the Hub's columns: ``image_id``, ``image`` (encoded bytes), ``width``, ``height`` and
-# ``objects`` with ``bbox_id``, ``category`` 0..79, ``bbox`` and ``area``.
+# ``objects`` with ``category`` from 0 on, ``bbox``, ``area`` (0: that of the box), ``iscrowd``.
 HUB_SOURCE = "detection-datasets/coco"
-_COLUMNS = ("image_id", "image", "width", "height", "objects")
-_OBJECT_FIELDS = ("category", "bbox", "area")  # those that are read
+_COLUMNS = {"image_id", "image", "width", "height", "objects"}
+_OBJECT_FIELDS = {"category", "bbox", "area"}
 NETWORK_TIMEOUT = 5.0  # seconds until a server counts as out of reach
-RETRY_DELAYS = (1, 2, 4, 8, 16)  # seconds between tries to go on with a stream that broke off
 
 
-def open_stream(source: str, split: str) -> datasets.IterableDataset:
-    """The rows of a source, their images still encoded. A new kind of source is a branch here.
+def open_source(source: str, split: str, val_share: float = 0.2) -> tuple:
+    """The rows of a source, its classes, its size. A new kind of source is a branch here.
 
-    All give the Hub's columns, but for the glyph scenes, of which a row holds the number alone:
-    `COCOStreamDataset.__iter__` renders them, and `_train_command` does not shuffle them.
+    =========================  ===================================================================
+    source                     what it is
+    =========================  ===================================================================
+    ``"glyphs"``               embedded scenes; a row holds the number: `rendered` draws it
+    folder with ``*.parquet``  shards ``train-*.parquet``, ``val-*.parquet`` with the Hub's columns
+    any other folder           pictures and COCO annotations, or the Hub's ImageFolder: `own_rows`
+    ``"owner/name"``           a data set of the Hub with these columns, streamed
+    =========================  ===================================================================
+
+    Returns
+    -------
+    rows : datasets.IterableDataset
+        Their images still encoded.
+    classes : Classes
+    images : int or None
+        How many rows, where that is known beforehand.
+
+    Raises
+    ------
+    ValueError, OSError
+        No such source, or one that cannot be used; says why.
     """
+    folder = Path(source)
     if source == "glyphs":
-        seeds = range(GLYPH_FIRST_SEED[split], GLYPH_FIRST_SEED[split] + GLYPH_SCENES[split])
+        first = sources.GLYPH_FIRST_SEED[split]
+        seeds = range(first, first + sources.GLYPH_SCENES[split])
         scenes = datasets.Dataset.from_dict({"image_id": list(seeds)})
-        return scenes.to_iterable_dataset()  # rendered when they are used
-    if source == HUB_SOURCE:
-        stream = datasets.load_dataset(HUB_SOURCE, split=split, streaming=True)
-    elif Path(source).is_dir():
-        stream = _open_folder(Path(source), split)
+        return scenes.to_iterable_dataset(), COCO_CLASSES, len(seeds)
+    if folder.is_dir() and not any(folder.glob("*-*.parquet")):
+        rows, *classes = sources.own_rows(folder, split, val_share)
+        stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+        return stream, Classes(*classes), len(rows)
+    if folder.is_dir():
+        stream, images = _open_shards(folder, split)
+    elif source.count("/") == 1:
+        stream, images = _open_hub(source, split), None
     else:
-        known = f"neither 'glyphs', '{HUB_SOURCE}' nor a folder"
+        known = f"neither 'glyphs', a folder, nor like '{HUB_SOURCE}'"
         raise ValueError(f"unknown source {source!r}: {known}")
-    return stream.cast_column("image", datasets.Image(decode=False))
+    classes = _classes_of(stream.features, source)
+    stream = stream.cast_column("image", datasets.Image(decode=False))
+    return stream, classes, images
+
+
+def _open_hub(source: str, split: str) -> datasets.IterableDataset:
+    if source == HUB_SOURCE:
+        return datasets.load_dataset(source, split=split, streaming=True)
+    try:
+        names = datasets.get_dataset_split_names(source)
+    except OSError as error:
+        raise ValueError(f"unknown source {source!r}: {first_line(error)}") from error
+    name = next((name for name in sources.SPLITS[split] if name in names), None)
+    if name is None:
+        raise ValueError(f"{source} has no split for {split!r}; it has {names}")
+    return datasets.load_dataset(source, split=name, streaming=True)
+
+
+def _open_shards(folder: Path, split: str) -> tuple[datasets.IterableDataset, int]:
+    """Stream ``split-*.parquet``, after a look at the end of every shard: torn ones are named."""
+    shards = sorted(folder.glob(f"{split}-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no {split}-*.parquet")
+    images = 0
+    for shard in shards:
+        try:
+            rows = parquet.read_metadata(shard).num_rows
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{shard} is no whole parquet file: {first_line(error)}") from error
+        if not rows:
+            raise ValueError(f"{shard} holds no rows")
+        images += rows
+    files = [glob.escape(str(shard.absolute())) for shard in shards]  # a folder may be called "a*"
+    files = {split: files}
+    stream = datasets.load_dataset("parquet", data_files=files, split=split, streaming=True)
+    return stream, images
+
+
+def _classes_of(features: datasets.Features | None, source: str) -> Classes:
+    """The names in a stream's columns; without names, of COCO's own columns, COCO's."""
+    objects = (features or {}).get("objects")
+    fields = objects if isinstance(objects, dict) else {}
+    missing = sorted(_COLUMNS - set(features or ())) or sorted(_OBJECT_FIELDS - fields.keys())
+    if missing:
+        raise ValueError(f"{source} lacks the columns {missing}; it has {sorted(features or ())}")
+    category = fields["category"]
+    names = getattr(getattr(category, "feature", category), "names", COCO_NAMES[1:])
+    if tuple(names) == COCO_NAMES[1:]:
+        return COCO_CLASSES
+    return Classes(("__background__", *names), (0, *range(len(names))))
 
 
 def hub_or_glyphs() -> str:
@@ -2219,73 +2377,26 @@ def succeeds_within(call: Callable[[], object], seconds: float = NETWORK_TIMEOUT
     return succeeded.is_set()
 
 
-def _open_folder(folder: Path, split: str) -> datasets.IterableDataset:
-    """Stream ``split-*.parquet``, after a look at the end of every shard: torn ones are named."""
-    shards = sorted(folder.glob(f"{split}-*.parquet"))
-    if not shards:
-        raise FileNotFoundError(f"{folder} holds no {split}-*.parquet")
-    for shard in shards:
-        _check_shard(shard)
-    files = [glob.escape(str(shard.absolute())) for shard in shards]  # a folder may be called "a*"
-    files = {split: files}
-    return datasets.load_dataset("parquet", data_files=files, split=split, streaming=True)
-
-
-def _check_shard(shard: Path) -> None:
-    try:
-        metadata = parquet.read_metadata(shard)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{shard} is no whole parquet file: {first_line(error)}") from error
-    if not metadata.num_rows:
-        raise ValueError(f"{shard} holds no rows")
-    schema = metadata.schema.to_arrow_schema()
-    objects = dict(zip(schema.names, schema.types)).get("objects")
-    fields = [field.name for field in objects] if isinstance(objects, StructType) else []
-    missing = [name for name in _COLUMNS if name not in schema.names]
-    if objects is not None:
-        missing += [f"objects.{name}" for name in _OBJECT_FIELDS if name not in fields]
-    if missing:
-        raise ValueError(f"{shard} lacks the columns {missing}; it has {schema.names}")
-
-
-def steady_rows(stream: datasets.IterableDataset, source: str) -> Iterator[dict]:
-    """Rows of a stream; the Hub's is taken up again where it broke off, a damaged file is not."""
-    delays, given = RETRY_DELAYS if source == HUB_SOURCE else (), 0
-    waits = iter(delays)
-    while True:
-        try:
-            for row in itertools.islice(_rows_of(stream), given, None):
-                given += 1
-                waits = iter(delays)
-                yield row
-            return
-        except Exception as error:
-            wait, reason = next(waits, None), first_line(error)
-            if wait is None:
-                raise ValueError(f"{source} cannot be read further: {reason}") from error
-            warnings.warn(f"{source} broke off ({reason}); next try in {wait} s", stacklevel=2)
-            time.sleep(wait)
-
-
-def _rows_of(stream: datasets.IterableDataset) -> Iterator[dict]:
+def rows_of(stream: datasets.IterableDataset, source: str) -> Iterator[dict]:
     """Row by row, though taken 16 at a time: one at a time costs four times as much.
 
     `iter` and not `__iter__`, which inside a DataLoader worker would divide the shards once more.
+    Where the Hub breaks off, `datasets` tries again by itself, twenty times.
     """
-    for batch in stream.iter(16):
-        for row in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, row, strict=True))
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    try:
+        for batch in stream.iter(16):
+            for row in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, row, strict=True))
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read further: {first_line(error)}") from error
 
 
 # What a row means
 
 
-def read_row(row: dict, bbox_format: str) -> tuple[Image.Image, dict]:
+def read_row(
+    row: dict, bbox_format: str, num_classes: int = NUM_CLASSES
+) -> tuple[Image.Image, dict]:
     """The RGB picture of a row and what is on it: here every bad row is refused.
 
     Returns
@@ -2293,34 +2404,38 @@ def read_row(row: dict, bbox_format: str) -> tuple[Image.Image, dict]:
     image : PIL image
     found : dict
         ``boxes`` float64 ``[K, 4]``, corners inside the picture, NaN where they are not finite;
-        ``labels`` int64 ``[K]`` in 1..80; ``area`` float32 ``[K]``; ``image_id`` int.
+        ``labels`` int64 ``[K]`` from 1 on; ``area`` float32 ``[K]``; ``iscrowd`` bool ``[K]``;
+        ``image_id`` int.
 
     Raises
     ------
     ValueError, OSError
         Says what is wrong with it.
     """
-    size = (row["width"], row["height"])
-    encoded = row["image"] and row["image"]["bytes"]
+    size, picture = (row["width"], row["height"]), row["image"]
+    is_file = isinstance(picture, str)  # in a folder of one's own
+    encoded = Path(picture).read_bytes() if is_file else picture and picture["bytes"]
     if not encoded:
         raise ValueError("its row holds no bytes of an image")
-    image = decode_image(encoded, size)
+    image = decode_image(encoded, None if size == (None, None) else size)
     raw, category, area = objects_of(row, "category", "area")
+    crowd = row["objects"].get("iscrowd") or [0] * len(raw)
     if len(raw) > MAX_OBJECTS:
         raise ValueError(f"{len(raw):,} objects are too many: at most {MAX_OBJECTS:,}")
-    known = (category >= 0) & (category < NUM_CLASSES - 1) & (category == np.floor(category))
+    known = (category >= 0) & (category < num_classes - 1) & (category == np.floor(category))
     if not known.all():
         bad = ", ".join(f"{c:g}" for c in category[~known][:5])
-        raise ValueError(f"categories must lie in 0..{NUM_CLASSES - 2}, got {bad}")
+        raise ValueError(f"categories must lie in 0..{num_classes - 2}, got {bad}")
     if not ((area >= 0) & (area <= np.finfo(np.float32).max)).all():
         raise ValueError("objects.area must be finite and not below 0")
     image_id = int(row["image_id"])
     if image_id != row["image_id"] and isinstance(row["image_id"], float):
         raise ValueError("image_id must be a whole number")
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes = to_corners(raw, bbox_format).clip(0, size * 2)
+        boxes = to_corners(raw, bbox_format).clip(0, image.size * 2)
     boxes[~np.isfinite(raw).all(1)] = np.nan
-    found = {"boxes": boxes, "image_id": image_id, "area": area.astype(np.float32)}
+    area = np.where(area > 0, area, box_area(boxes)).astype(np.float32)
+    found = {"boxes": boxes, "image_id": image_id, "area": area, "iscrowd": np.array(crowd) > 0}
     return image, found | {"labels": category.astype(np.int64) + 1}  # 0 becomes background
 
 
@@ -2400,19 +2515,19 @@ def to_corners(boxes: np.ndarray, bbox_format: str) -> np.ndarray:
     return np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1)
 
 
-def find_bbox_format(stream: datasets.IterableDataset, source: str) -> str:
+def find_bbox_format(stream: datasets.IterableDataset, source: str, classes: Classes) -> str:
     """`detect_bbox_format` on the first rows of a source, printed; a look at the categories."""
     if source == "glyphs":
         return "xyxy"
     first = 64  # the decision rests on so many rows
-    rows = list(steady_rows(stream.take(first), source))
+    rows = list(rows_of(stream.take(first), source))
     bbox_format = detect_bbox_format(rows)
     print_once(f"{source}: objects.bbox is {bbox_format}, decided from the first rows")
     categories = set()
     for row in rows:
         with contextlib.suppress(ValueError):
             categories.update(objects_of(row, "category")[1].tolist())
-    if 1 in categories and 0 not in categories:
+    if classes is COCO_CLASSES and 1 in categories and 0 not in categories:
         meaning = f"0 is {COCO_NAMES[1]}, 1 is {COCO_NAMES[2]}"
         warnings.warn(f"{source}: categories seem to count from 1; here {meaning}", stacklevel=3)
     return bbox_format
@@ -2452,139 +2567,6 @@ def detect_bbox_format(rows: Targets) -> str:
             f" and {broken['xywh']} contradict (x, y, width, height); choose with bbox_format"
         )
     return best
-
-
-# The embedded scenes
-
-# Each symbol stands for the COCO category that it depicts.
-GLYPHS = {
-    "✈": "airplane",
-    "☂": "umbrella",
-    "✂": "scissors",
-    "♞": "horse",
-    "⌨": "keyboard",
-    "☕": "cup",
-    "🐱": "cat",
-    "☎": "cell phone",
-}
-GLYPH_SCENES = {"train": 20_000, "val": 1_000}  # scenes of one epoch
-GLYPH_FIRST_SEED = {"train": 0, "val": 1_000_000_000}  # the two splits never share a seed
-
-
-def render_glyph_scene(seed: int, size: int = IMG_SIZE) -> dict:
-    """One row of the embedded data set: symbols on a coloured, noisy background.
-
-    Parameters
-    ----------
-    seed : int
-        Everything in the scene follows from it; it is the row's ``image_id`` as well.
-    size : int
-        Side of the square image, pixels.
-
-    Returns
-    -------
-    dict
-        The Hub's columns: ``image_id``, ``image`` (encoded bytes), ``width``, ``height`` and
-        ``objects`` with ``bbox_id``, ``category`` 0..79, ``bbox`` (corners, tight around the ink)
-        and ``area`` (inked pixels).
-    """
-    if size < 8:  # pixels: a symbol that is turned would stand out
-        raise ValueError(f"a glyph scene has at least 8 pixels a side, got {size}")
-    rng = np.random.default_rng(seed)
-    most, noise = 5, 8
-    canvas = _glyph_background(rng, size)
-    masks = _glyph_masks()
-    boxes, categories, areas = [], [], []
-    for _ in range(rng.integers(1, most + 1)):
-        category, mask = masks[rng.integers(len(masks))]
-        mask, box = _place_glyph(rng, mask, size, boxes)
-        if box is None:
-            continue
-        canvas.paste(_glyph_colour(rng, canvas.crop(box)), box, mask)
-        boxes.append(box)
-        categories.append(category)
-        areas.append(float(np.count_nonzero(np.asarray(mask) >= 128)))
-
-    grain = rng.integers(-noise, noise + 1, (size, size, 1), dtype=np.int16)
-    pixels = np.asarray(canvas, dtype=np.int16) + grain
-    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    encoded = io.BytesIO()
-    picture.save(encoded, "bmp")  # quick: uncompressed
-    return {
-        "image_id": seed,
-        "image": {"bytes": encoded.getvalue(), "path": None},
-        "width": size,
-        "height": size,
-        "objects": {
-            "bbox_id": list(range(len(boxes))),
-            "category": categories,
-            "bbox": [[float(v) for v in box] for box in boxes],
-            "area": areas,
-        },
-    }
-
-
-def _glyph_background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A few soft patches of one muted colour of any brightness."""
-    count, tint, spread = 3, 25.0, 22.0
-    base = rng.uniform(40, 215) + rng.normal(0, tint, 3)
-    patches = base + rng.normal(0, spread, (count, count, 3))  # [count, count, 3]
-    image = Image.fromarray(patches.clip(0, 255).astype(np.uint8))
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _glyph_colour(rng: np.random.Generator, behind: Image.Image) -> tuple[int, ...]:
-    """A colour whose brightness is far enough from that of what lies behind."""
-    contrast = 90.0
-    luma = np.array([0.299, 0.587, 0.114])
-    mean = np.asarray(behind.resize((1, 1), Image.Resampling.BOX))[0, 0]  # [3]
-    colour = rng.uniform(0, 255, 3)
-    while abs(luma @ colour - luma @ mean) < contrast:
-        colour = rng.uniform(0, 255, 3)
-    return tuple(int(c) for c in colour)
-
-
-def _place_glyph(rng, mask, size, taken) -> tuple:
-    """Scale and turn a mask, and a box for it that overlaps ``taken`` little, or None: no room."""
-    shortest, longest, most_degrees, most_overlap, tries = 0.18, 0.45, 25.0, 0.1, 10
-    scale = rng.uniform(shortest, longest) * size / max(mask.size)
-    sides = [max(1, round(side * scale)) for side in mask.size]
-    mask = mask.resize(sides, reducing_gap=2.0)
-    degrees = rng.uniform(-most_degrees, most_degrees)
-    mask = mask.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
-    inked = mask.point(lambda ink: 255 * (ink >= 128))
-    mask = mask.crop(inked.getbbox())
-    width, height = mask.size
-    for _ in range(tries):
-        x = int(rng.integers(0, size - width + 1))
-        y = int(rng.integers(0, size - height + 1))
-        box = (x, y, x + width, y + height)
-        if max((_shared(box, other) for other in taken), default=0) <= most_overlap:
-            return mask, box
-    return mask, None
-
-
-def _shared(a: tuple, b: tuple) -> float:
-    """Shared area of two boxes as a share of the smaller one."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    smaller = min((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
-    return max(0, width) * max(0, height) / smaller
-
-
-@functools.cache
-def _glyph_masks(height: int = 256) -> tuple[tuple[int, Image.Image], ...]:
-    """Category (0..79) and cropped ink of every glyph, from the font inside matplotlib."""
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(path), height)
-    masks = []
-    for glyph, name in GLYPHS.items():
-        canvas = Image.new("L", (2 * height, 2 * height))
-        ImageDraw.Draw(canvas).text((height // 2, height // 4), glyph, fill=255, font=font)
-        # A margin of no ink: an edge on the border of a mask comes out jagged when it is turned.
-        ink = ImageOps.expand(canvas.crop(canvas.getbbox()), border=height // 16)
-        masks.append((COCO_NAMES.index(name) - 1, ink))
-    return tuple(masks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2727,7 +2709,8 @@ def load_coco_weights(model: FasterRCNN, state_dict: dict[str, Tensor] | None = 
     Parameters
     ----------
     model : FasterRCNN
-        `coco_faster_rcnn`: elsewhere the same weights mean something else.
+        `coco_faster_rcnn`: elsewhere the same weights mean something else. With other classes it
+        keeps its own predictor: see `start_from`.
     state_dict : dict, optional
         Of ``torchvision.models.detection.fasterrcnn_resnet50_fpn``. None: the published one (see
         `published_weights`). Of its 91 outputs the 81 that COCO uses are taken.
@@ -2741,7 +2724,23 @@ def load_coco_weights(model: FasterRCNN, state_dict: dict[str, Tensor] | None = 
 
     origin = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
     state_dict = published_weights(origin) if state_dict is None else state_dict
-    load_weights(model, coco_from_torchvision(state_dict), origin)
+    start_from(model, coco_from_torchvision(state_dict), COCO_CLASSES, origin)
+
+
+def start_from(
+    model: FasterRCNN, weights: dict[str, Tensor], classes: Classes | None, origin: object
+) -> None:
+    """Put a trained detector's weights into a model; where its classes differ, all but the last.
+
+    The predictor alone knows of classes: the model then keeps its own, which is to be trained. One
+    line says so.
+    """
+    if classes != model.classes:
+        own = model.predictor.state_dict()
+        weights = weights | {f"predictor.{name}": value for name, value in own.items()}
+        new = f"new is the predictor, for {model.num_classes - 1} other classes"
+        print_once(f"weights of {origin}: all kept but one layer; {new}")
+    load_weights(model, weights, origin)
 
 
 def published_weights(weights: object) -> dict[str, Tensor]:
@@ -2833,31 +2832,31 @@ def _our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 COCO_TRAIN_IMAGES = 118_287
 
-# What a run of each model takes where nothing else is said: ``images`` are those of the whole run,
-# ``batch`` those of one step and process.
-_RUN, _COCO_RUN = TINY_STEPS * TINY_BATCH, 12 * COCO_TRAIN_IMAGES
+# What a run of each model takes where nothing else is said: ``batch`` images a step and process,
+# ``images`` in all; of a folder, whose size is known, so many ``epochs``, but never fewer images
+# than the tiny detector learns from.
+_RUN = TINY_STEPS * TINY_BATCH
 TRAIN_DEFAULTS = {
-    "tiny": {"image_size": TINY_IMAGE_SIZE, "images": _RUN, "batch": TINY_BATCH},
-    "full": {"image_size": IMG_SIZE, "images": _COCO_RUN, "batch": 16},
-    "coco": {"image_size": (800, 1333), "images": _COCO_RUN, "batch": 2},
+    "tiny": {"image_size": TINY_IMAGE_SIZE, "batch": TINY_BATCH, "images": _RUN, "epochs": 30},
+    "full": {"image_size": IMG_SIZE, "batch": 16, "images": 12 * COCO_TRAIN_IMAGES, "epochs": 12},
+    "coco": {"image_size": (800, 1333), "batch": 2, "images": 12 * COCO_TRAIN_IMAGES, "epochs": 12},
 }
 RECIPES = {"tiny": one_cycle, "full": step_decay, "coco": step_decay}
 _SHUFFLE_BUFFER = 1000  # rows
 _FLIP = 0.5  # share of mirrored images
+_DRAWN = 6  # validation pictures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: a JSON object as last line of stdout, or one line on stderr and code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold any letter
-    commands = {"train": _train_command, "evaluate": _evaluate_command, "detect": _detect_command}
     try:
         args = _parse(arguments)
-        run = commands[args.command]
         with joined_processes(), warnings.catch_warnings():
             # What is too large is refused in one line, so Pillow need not warn of it.
             warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-            result = run(args)
+            result = args.command(args)
             print_once(json.dumps(result))
         return 2 if result.get("failed") else 0
     except (ValueError, OSError, FloatingPointError) as error:
@@ -2877,25 +2876,24 @@ def _train_command(args: Namespace) -> dict:
     world = process_rank()[1]
     default = TRAIN_DEFAULTS[args.model]
     batch = args.batch or default["batch"]
-    weights = args.weights or ("coco" if args.model == "coco" else "none")
-    steps = args.steps or default["images"] // (batch * world)
     size = args.image_size or default["image_size"]
     if args.model == "coco" and args.image_size:
         shortest, longest = default["image_size"]
         size = (size, size * longest // shortest)
-    torch.manual_seed(args.seed)
-    model = MODELS[args.model]().to(DEVICE)
-    if not (args.resume and args.checkpoint.exists()):
-        _start_from(weights, model)
-    dataset = COCOStreamDataset("train", args.max_samples, args.source, size, seed=args.seed)
+    options = {"source": args.source, "image_size": size, "val_share": args.val_share}
+    dataset = COCOStreamDataset("train", args.max_samples, seed=args.seed, **options)
+    options["source"] = dataset.source
     # Scenes are independent of each other, and a chosen few keep their order.
     if dataset.source != "glyphs" and args.max_samples is None:
-        dataset.shuffle_buffer, dataset.flip = _SHUFFLE_BUFFER, _FLIP
-    options = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
-    loader = DataLoader(dataset, batch, collate_fn=frcnn_collate_fn, **options)
+        dataset.shuffle_buffer = _SHUFFLE_BUFFER
+        dataset.flip = _FLIP
+    model, weights = _model_to_train(args, dataset.classes)
+    steps = _planned_steps(args, dataset, batch * world)
+    workers = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
+    loader = DataLoader(dataset, batch, collate_fn=frcnn_collate_fn, **workers)
     run = {name: getattr(args, name) for name in ("model", "max_samples", "seed", "workers")}
-    run |= {"source": dataset.source, "image_size": size, "weights": weights}
-    started, done = time.perf_counter(), []
+    started = time.perf_counter()
+    done = []
     history = train(
         model,
         loader,
@@ -2905,41 +2903,97 @@ def _train_command(args: Namespace) -> dict:
         checkpoint_path=args.checkpoint,
         save_every=args.save_every,
         resume=args.resume,
-        run=run,
+        run=run | options | {"weights": weights},
         after_step=lambda step, history: done.append(step),
     )
     seconds = time.perf_counter() - started
+    _draw_validation(model, args.checkpoint, options | {"bbox_format": dataset.bbox_format})
     losses = {name: history[name][-1] for name in ("loss", *LOSS_NAMES)}
     rate = len(done) * batch * world / seconds
     return {"steps": steps, "seconds": seconds, "images_per_second": rate, "losses": losses}
 
 
-def _start_from(weights: str, model: FasterRCNN) -> None:
-    """``--weights``: random, published, or those of a checkpoint of this program."""
+def _model_to_train(args: Namespace, classes: Classes) -> tuple[FasterRCNN, str]:
+    """The model, and what it starts from: random, published, or a checkpoint's weights.
+
+    One's own pictures are few: there the tiny detector begins as it came out of the glyph scenes.
+    """
+    own = classes != COCO_CLASSES
+    usual = {"coco": "coco", "tiny": "glyphs" if own else "none"}
+    weights = args.weights or usual.get(args.model, "none")
+    path = TINY_DETECTOR if weights == "glyphs" else Path(weights)
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](len(classes.names)).to(DEVICE)
+    model.classes = classes
+    if own and weights != "none":
+        model.backbone.freeze(2)  # as published: what sees edges and spots stays as it is
+    if weights == "none" or (args.resume and args.checkpoint.exists()):
+        return model, weights
     if weights == "imagenet":
         load_imagenet_backbone(model)
     elif weights == "coco":
         load_coco_weights(model)
-    elif weights != "none":
-        if not Path(weights).is_file():
-            raise ValueError(f"--weights {weights}: neither none, imagenet, coco nor a file")
-        load_checkpoint(weights, model)
+    elif path.is_file():
+        _, state, theirs, _ = _read_checkpoint(path)
+        start_from(model, state, theirs, path)
+    else:
+        known = "none, imagenet, coco, glyphs nor a file"
+        raise ValueError(f"--weights {weights}: neither {known}")
+    return model, weights
+
+
+def _planned_steps(args: Namespace, dataset: COCOStreamDataset, batch: int) -> int:
+    """``--steps``, else from ``--epochs``, else from the defaults; ``batch`` of all processes."""
+    default = TRAIN_DEFAULTS[args.model]
+    known = dataset.images and min(dataset.images, args.max_samples or dataset.images)
+    images = default["images"]
+    if args.epochs and not known:
+        raise ValueError(f"--epochs: how many images {dataset.source} has is unknown; give --steps")
+    if args.epochs:
+        images = args.epochs * known
+    elif known and dataset.source != "glyphs":
+        images = max(_RUN, default["epochs"] * known)
+    return args.steps or max(1, images // batch)
+
+
+def _draw_validation(model: FasterRCNN, checkpoint: Path, options: dict) -> None:
+    """A few pictures that were not trained on, with truth and detections, beside the checkpoint."""
+    if process_rank()[0] > 0:
+        return
+    folder = checkpoint.with_name(f"{checkpoint.stem}_val")
+    try:
+        dataset = COCOStreamDataset("val", _DRAWN, **options)
+    except (ValueError, OSError) as error:
+        print(f"no validation pictures drawn: {first_line(error)}")
+        return
+    folder.mkdir(exist_ok=True)
+    for number, row in enumerate(rows_of(dataset.rows.take(_DRAWN), dataset.source)):
+        with contextlib.suppress(ValueError, OSError):  # a bad picture
+            row = dataset.rendered(row)
+            picture, truth = read_row(row, dataset.bbox_format, model.num_classes)
+            found = detect(model, picture, dataset.image_size)
+            boxes = torch.from_numpy(truth["boxes"])
+            figure = picture_with_detections(picture, found, 0.5, model.classes.names, boxes)
+            figure.savefig(folder / f"{number}.jpg")
+    print(f"{folder}: validation pictures, truth in white, detections above 0.5")
 
 
 def _evaluate_command(args: Namespace) -> dict:
     if args.annotations and not args.annotations.is_file():
         raise FileNotFoundError(f"no annotations at {args.annotations}")
-    model, size = _load_for_use(args.checkpoint)
-    dataset = COCOStreamDataset(args.split, args.max_samples, args.source, size)
+    model, size, run = _load_for_use(args.checkpoint)
+    share = args.val_share if args.val_share is not None else run.get("val_share", 0.2)
+    dataset = COCOStreamDataset(args.split, args.max_samples, args.source, size, val_share=share)
     return evaluate(model, dataset, annotations=args.annotations)
 
 
 def _detect_command(args: Namespace) -> dict:
     """Draw every picture into ``--out``, write ``detections.json``; a bad one costs one line."""
-    model, size = _load_for_use(args.checkpoint)
+    model, size, _ = _load_for_use(args.checkpoint)
+    names, ids = model.classes
     paths = _find_pictures(args.images)
     args.out.mkdir(parents=True, exist_ok=True)
-    records = []
+    records, count = [], 0
     for path in tqdm(paths, unit="image", disable=len(paths) == 1):
         try:
             picture = decode_image(path.read_bytes())
@@ -2949,41 +3003,29 @@ def _detect_command(args: Namespace) -> dict:
             continue
         found = detect(model, picture, size)
         # Numbered: two folders may hold files of one name.
-        name = f"{len(records):04d}_{path.stem}.jpg"
-        picture_with_detections(picture, found).savefig(args.out / name)
-        record = {
-            "image": str(path),
-            "drawn": name,
-            "width": picture.width,
-            "height": picture.height,
-            "detections": _detection_records(found),
-        }
+        drawn = f"{len(records):04d}_{path.stem}.jpg"
+        picture_with_detections(picture, found, args.min_score, names).savefig(args.out / drawn)
+        columns = (found[name].tolist() for name in ("boxes", "scores", "labels"))
+        detections = [
+            {"box": box, "score": score, "label": names[label], "category_id": ids[label]}
+            for box, score, label in zip(*columns, strict=True)
+        ]
+        limits = {"min_score": model.SCORE_THR, "min_score_drawn": args.min_score}
+        record = {"image": str(path), "drawn": drawn, "width": picture.width}
+        record |= {"height": picture.height, **limits, "detections": detections}
         records.append(record)
+        count += len(detections)
     (args.out / "detections.json").write_text(json.dumps(records, indent=1))
-    detections = sum(len(record["detections"]) for record in records)
-    failed = len(paths) - len(records)
-    return {"images": len(records), "detections": detections, "failed": failed}
+    return {"images": len(records), "detections": count, "failed": len(paths) - len(records)}
 
 
-def _detection_records(found: dict[str, Tensor]) -> list[dict]:
-    records = []
-    columns = (found[name].tolist() for name in ("boxes", "scores", "labels"))
-    for box, score, label in zip(*columns, strict=True):
-        record = {
-            "box": box,
-            "score": score,
-            "label": COCO_NAMES[label],
-            "category_id": COCO_CATEGORY_IDS[label],
-        }
-        records.append(record)
-    return records
-
-
-def _load_for_use(path: Path) -> tuple[FasterRCNN, ImageSize]:
-    """The model in a checkpoint, and the input size that it was trained for."""
+def _load_for_use(path: Path) -> tuple[FasterRCNN, ImageSize, dict]:
+    """The model in a checkpoint, the input size that it was trained for, and its run."""
     model, state = load_checkpoint(path)
-    size = state.get("run", {}).get("image_size")
-    return model, size or TRAIN_DEFAULTS[model.name]["image_size"]
+    if model.classes is None:
+        raise ValueError(f"{path} does not say what its classes are called: it was never trained")
+    run = state.get("run", {})
+    return model, run.get("image_size", TRAIN_DEFAULTS[model.name]["image_size"]), run
 
 
 def _find_pictures(paths: Sequence[Path]) -> list[Path]:
@@ -3016,50 +3058,54 @@ def _at_least(least: int) -> Callable:
     return parse
 
 
-_COMMANDS = {
-    "train": "train a detector, or continue where its checkpoint ends",
-    "evaluate": "the twelve COCO figures of a checkpoint",
-    "detect": "draw detections on photographs",
+_COMMANDS = {  # name: function, what it does
+    "train": (_train_command, "train a detector, or continue where its checkpoint ends"),
+    "evaluate": (_evaluate_command, "the twelve COCO figures of a checkpoint"),
+    "detect": (_detect_command, "draw detections on photographs"),
 }
-_AMP_HELP = "mixed precision"
-_SAVE_HELP = "steps between checkpoints"
-_IMAGE_HELP = "pictures, or folders of them"
-_OUT_HELP = "folder for pictures and detections.json"
-_FILE_HELP = "of train; evaluate and detect take torchvision's too"
-_FIRST_HELP = "only the first so many images, in their order"
-_BY_MODEL = "(default: by model)"
-_SIZE_HELP = f"side of the square input; coco: short side; pixels {_BY_MODEL}"
-_SOURCE_HELP = f"'glyphs', a folder of parquet shards, or {HUB_SOURCE} (default: what is there)"
-_OPTIONS = (  # the commands that take it, its name, and what argparse should know
-    ("train", "--model", {"choices": sorted(MODELS), "required": True}),
-    ("train", "--steps", {"type": _at_least(1), "help": f"of the whole run {_BY_MODEL}"}),
-    ("train", "--batch", {"type": _at_least(1), "help": f"images a step and process {_BY_MODEL}"}),
-    ("train", "--image-size", {"type": _at_least(1), "help": _SIZE_HELP}),
-    ("train", "--weights", {"help": f"none, imagenet, coco or a checkpoint {_BY_MODEL}"}),
-    ("train", "--resume", {"action": "store_true", "help": "continue from --checkpoint"}),
-    ("train", "--seed", {"type": _at_least(0), "default": 0}),
-    ("train", "--amp", {"choices": ("off", "bf16", "fp16"), "default": "off", "help": _AMP_HELP}),
-    ("train", "--save-every", {"type": _at_least(1), "default": 100, "help": _SAVE_HELP}),
-    ("train", "--workers", {"type": _at_least(0), "default": 0, "help": "processes that load"}),
-    ("evaluate", "--split", {"choices": ("train", "val"), "default": "val"}),
-    ("evaluate", "--annotations", {"type": Path, "help": "COCO's own instances_val2017.json"}),
-    ("detect", "images", {"nargs": "+", "type": Path, "metavar": "IMAGE", "help": _IMAGE_HELP}),
-    ("detect", "--out", {"type": Path, "required": True, "help": _OUT_HELP}),
-    ("train evaluate detect", "--checkpoint", {"type": Path, "required": True, "help": _FILE_HELP}),
-    ("train evaluate", "--source", {"help": _SOURCE_HELP}),
-    ("train evaluate", "--max-samples", {"type": _at_least(1), "help": _FIRST_HELP}),
+_COUNT, _FROM_0 = {"type": _at_least(1)}, {"type": _at_least(0), "default": 0}
+_SHARE, _FILE = {"type": float}, {"type": Path}
+_MUST = {"required": True}
+_OPTIONS = (  # the commands that take it, its name, its help, and what else argparse should know
+    ("train", "--model", None, {"choices": sorted(MODELS)} | _MUST),
+    ("train", "--steps", "of the whole run (default: by model and images)", _COUNT),
+    ("train", "--epochs", "in place of --steps, where the number of images is known", _COUNT),
+    ("train", "--batch", "images a step and process (default: by model)", _COUNT),
+    ("train", "--image-size", "side of the square, coco: short side; pixels", _COUNT),
+    ("train", "--weights", "none, imagenet, coco, glyphs, or a checkpoint", {}),
+    ("train", "--resume", "continue from --checkpoint", {"action": "store_true"}),
+    ("train", "--seed", None, _FROM_0),
+    ("train", "--amp", "mixed precision", {"choices": AMP, "default": "off"}),
+    ("train", "--save-every", "steps between checkpoints", _COUNT | {"default": 100}),
+    ("train", "--workers", "processes that load", _FROM_0),
+    ("evaluate", "--split", None, {"choices": ("train", "val"), "default": "val"}),
+    ("evaluate", "--annotations", "COCO's own instances_val2017.json", _FILE),
+    ("detect", "images", "pictures, or folders of them", _FILE | {"nargs": "+"}),
+    ("detect", "--out", "folder for pictures and detections.json", _FILE | _MUST),
+    (
+        "detect",
+        "--min-score",
+        "of what is drawn (0.5); the JSON keeps all from 0.05",
+        _SHARE | {"default": 0.5},
+    ),
+    ("train evaluate detect", "--checkpoint", "of train; or torchvision's", _FILE | _MUST),
+    ("train evaluate", "--source", "'glyphs', a folder, or a data set of the Hub", {}),
+    ("train evaluate", "--max-samples", "only the first so many images, in their order", _COUNT),
+    ("train", "--val-share", "held out of one annotation file (0.2)", _SHARE | {"default": 0.2}),
+    ("evaluate", "--val-share", "the same (default: as in training)", _SHARE),
 )
 
 
 def _parse(arguments: Sequence[str] | None) -> Namespace:
     about = "Faster R-CNN with a feature pyramid, from scratch."
     parser = _Parser(prog="python -m frcnn_common", description=about)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for command, text in _COMMANDS.items():
-        sub = commands.add_parser(command, help=text)
-        for takers, name, options in _OPTIONS:
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=_Parser)
+    for command, (run, about) in _COMMANDS.items():
+        sub = commands.add_parser(command, help=about)
+        sub.set_defaults(command=run)
+        for takers, name, text, options in _OPTIONS:
             if command in takers.split():
-                sub.add_argument(name, **options)
+                sub.add_argument(name, help=text, **options)
     return parser.parse_args(arguments)
 
 
