@@ -23,6 +23,7 @@ from conftest import GOOD, row, write
 from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
+import frcnn_sources
 
 # --- helpers --------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ def glyph_shards(tmp_path_factory):
         ("train-00002", 80, 10),
         ("val-00000", 100, 4),
     ):
-        rows = [frcnn.render_glyph_scene(seed, 64) for seed in range(first, first + count)]
+        rows = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(first, first + count)]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
     return folder
 
@@ -540,6 +541,9 @@ GRACE_HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.
 class Quarter(torch.nn.Module):
     """Finds one cat: the upper left quarter of the image without its padding."""
 
+    SCORE_THR = 0.05
+    classes = frcnn.COCO_CLASSES
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -752,7 +756,7 @@ def torn_shard(said, capsys, monkeypatch):
 
 
 def box_without_a_class(said, capsys, monkeypatch):
-    scene = frcnn.render_glyph_scene(0, 64)
+    scene = frcnn_sources.render_glyph_scene(0, 64)
     scene["objects"]["category"][0] = 80
     Path("photos").mkdir()
     datasets.Dataset.from_list([scene]).to_parquet("photos/train-00000.parquet")
@@ -762,7 +766,7 @@ def box_without_a_class(said, capsys, monkeypatch):
 
 
 def neither_format(said, capsys, monkeypatch):
-    scenes = [frcnn.render_glyph_scene(seed, 64) for seed in range(4)]
+    scenes = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(4)]
     for scene in scenes:
         scene["objects"]["bbox"] = [[500.0, 500.0, 1.0, 900.0]] * len(scene["objects"]["bbox"])
     Path("photos").mkdir()
@@ -771,7 +775,7 @@ def neither_format(said, capsys, monkeypatch):
 
 
 def counted_from_1(said, capsys, monkeypatch):
-    scenes = [frcnn.render_glyph_scene(seed, 64) for seed in range(4)]
+    scenes = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(4)]
     for scene in scenes:
         scene["objects"]["category"] = [1] * len(scene["objects"]["category"])
     Path("photos").mkdir()

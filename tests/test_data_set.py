@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import frcnn_common as frcnn
+import frcnn_sources
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -407,7 +408,7 @@ def two_shards(tmp_path_factory):
     """12 scenes in two shards."""
     folder = tmp_path_factory.mktemp("shards")
     for i in range(2):
-        rows = [frcnn.render_glyph_scene(seed, 64) for seed in range(6 * i, 6 * i + 6)]
+        rows = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(6 * i, 6 * i + 6)]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"train-0000{i}-of-00002.parquet")
     return folder
 
