@@ -1935,11 +1935,12 @@ def check_classes(mine: Classes | None, theirs: Classes | None, whose: str, othe
     """
     if None in (mine, theirs) or mine == theirs:
         return
-    sides = {whose: (mine, theirs), others: (theirs, mine)}
+    kinds = [list(zip(*classes, strict=True))[1:] for classes in (mine, theirs)]
     only = []
-    for side, (these, those) in sides.items():
-        pairs = [f"{name} ({i})" for name, i in zip(*these) if (name, i) not in zip(*those)]
-        only.append(f"only in {side}: {', '.join(pairs[:5]) or 'none'}{', …' * (len(pairs) > 5)}")
+    for side, these, those in ((whose, *kinds), (others, *kinds[::-1])):
+        extra = [f"{name} ({i})" for name, i in these if (name, i) not in those]
+        more = ", …" if len(extra) > 5 else ""
+        only.append(f"only in {side}: {', '.join(extra[:5]) or 'none'}{more}")
     raise ValueError(f"the classes differ, {'; '.join(only)}")
 
 
@@ -2304,10 +2305,9 @@ def open_source(source: str, split: str, val_share: float = 0.2) -> tuple:
 def _open_hub(source: str, split: str) -> datasets.IterableDataset:
     if source == HUB_SOURCE:
         return datasets.load_dataset(source, split=split, streaming=True)
-    try:
-        names = datasets.get_dataset_split_names(source)
-    except OSError as error:
-        raise ValueError(f"unknown source {source!r}: {first_line(error)}") from error
+    if not _hub_answers(source):
+        raise ValueError(f"unknown source {source!r}: no folder, and the Hub does not answer to it")
+    names = datasets.get_dataset_split_names(source)
     name = next((name for name in sources.SPLITS[split] if name in names), None)
     if name is None:
         raise ValueError(f"{source} has no split for {split!r}; it has {names}")
@@ -2358,12 +2358,12 @@ def hub_or_glyphs() -> str:
     return "glyphs"
 
 
-def _hub_answers() -> bool:
-    """Whether the Hub tells about its COCO; the library alone would retry for 24 s, noisily."""
+def _hub_answers(source: str = HUB_SOURCE) -> bool:
+    """Whether the Hub tells about a data set; the library alone would retry for 24 s, noisily."""
     if datasets.config.HF_HUB_OFFLINE:
         return False
     ask = huggingface_hub.HfApi().dataset_info
-    return succeeds_within(lambda: ask(HUB_SOURCE, timeout=NETWORK_TIMEOUT))
+    return succeeds_within(lambda: ask(source, timeout=NETWORK_TIMEOUT))
 
 
 def succeeds_within(call: Callable[[], object], seconds: float = NETWORK_TIMEOUT) -> bool:
@@ -3026,7 +3026,7 @@ def _load_for_use(path: Path) -> tuple[FasterRCNN, ImageSize, dict]:
     if model.classes is None:
         raise ValueError(f"{path} does not say what its classes are called: it was never trained")
     run = state.get("run", {})
-    return model, run.get("image_size", TRAIN_DEFAULTS[model.name]["image_size"]), run
+    return model, run.get("image_size") or TRAIN_DEFAULTS[model.name]["image_size"], run
 
 
 def _find_pictures(paths: Sequence[Path]) -> list[Path]:

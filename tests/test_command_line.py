@@ -136,7 +136,10 @@ def test_the_count_is_shown_at_the_end(mixed, tmp_path, capsys):
     assert frcnn.main(f"train --model tiny --image-size 64 --batch 3 --steps 3 {line}".split()) == 0
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1])["steps"] == 3
-    assert out[-2].startswith(f"{mixed}: left out so far: rows 3 (each named in a warning), boxes ")
+    (told_in_training,) = (text for text in out if "left out" in text)
+    assert told_in_training.startswith(
+        f"{mixed}: left out so far: rows 3 (each named in a warning), boxes "
+    )
     assert frcnn.main(f"evaluate {line}".split()) == 0
     *before, shown, result = capsys.readouterr().out.splitlines()
     assert (shown, json.loads(result)["AP"] >= 0) == (told, True)
@@ -329,7 +332,7 @@ BAD = {
     "no size": ("train --model tiny --image-size 0 --checkpoint {files}/whole.pt", "--image-size"),
     "no such weights": (
         "train {tiny} --source glyphs --weights imagent --checkpoint {files}/new.pt",
-        "neither none, imagenet, coco nor a file",
+        "neither none, imagenet, coco, glyphs nor a file",
     ),
     "weights of another model": (
         "train --model full --source glyphs --weights {files}/whole.pt --checkpoint {files}/new.pt",
@@ -390,7 +393,7 @@ BAD = {
     ),
     "empty folder": (
         "train {tiny} --source {files}/empty --checkpoint {files}/whole.pt",
-        "train-*.parquet",
+        "no *.parquet, no COCO annotations",
     ),
     "half a shard": (
         "train {tiny} --source {files}/half --checkpoint {files}/whole.pt",
@@ -542,6 +545,7 @@ class Quarter(torch.nn.Module):
     """Finds one cat: the upper left quarter of the image without its padding."""
 
     SCORE_THR = 0.05
+    name = "tiny"
     classes = frcnn.COCO_CLASSES
 
     def __init__(self) -> None:

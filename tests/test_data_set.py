@@ -241,7 +241,7 @@ def shards(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize(("workers", "buffer", "max_samples"), SCENES)
 def test_every_scene_comes_once(monkeypatch, workers, buffer, max_samples):
-    monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": 11, "val": 3})
+    monkeypatch.setattr(frcnn_sources, "GLYPH_SCENES", {"train": 11, "val": 3})
     seen = image_ids(
         stream("glyphs", image_size=32, shuffle_buffer=buffer, max_samples=max_samples), workers
     )
@@ -316,7 +316,7 @@ def test_resume_counts_rows_that_gave_no_sample(tmp_path):
 
 @pytest.mark.parametrize("source", ["glyphs", 1, 4])
 def test_shuffle_follows_from_seed_and_epoch(monkeypatch, shards, source):
-    monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": ROWS, "val": 3})
+    monkeypatch.setattr(frcnn_sources, "GLYPH_SCENES", {"train": ROWS, "val": 3})
 
     def order(seed, epoch):
         dataset = stream(shards.get(source, source), shuffle_buffer=8, seed=seed)

@@ -178,9 +178,13 @@ def history(path: Path) -> dict[str, list]:
 # --- training -------------------------------------------------------------------------------------
 
 
+DRAWN = "truth in white, detections above 0.5"
+
+
 def test_one_line_reports_the_run(ran):
     assert codes(ran, "two") == [0, 0], said(ran, "two", "err")
-    (line,) = said(ran, "two", "out").splitlines()
+    *others, line = said(ran, "two", "out").splitlines()
+    assert others == [f"{ran / 'two_val'}: validation pictures, {DRAWN}"]
     result = json.loads(line)
     assert result["steps"] == 30
     assert result["images_per_second"] * result["seconds"] == pytest.approx(240)
