@@ -233,6 +233,8 @@ def test_readme_states_what_was_tried():
     assert f"{KILLS} of {KILLS} resumes" in README
     assert f"| {LIMITS} | the old checkpoint stayed whole" in README
     assert f"above {frcnn.MAX_PIXELS // 10**6} million pixels" in README
+    assert frcnn.TRAIN_DEFAULTS["tiny"]["epochs"] == 30
+    assert f"every picture thirty times, in {frcnn.TINY_STEPS} steps at least" in README
 
 
 # --- a folder of any name -------------------------------------------------------------------------
