@@ -2523,10 +2523,10 @@ def find_bbox_format(stream: datasets.IterableDataset, source: str, classes: Cla
     """`detect_bbox_format` on the first rows of a source, printed; a look at the categories."""
     if source == "glyphs":
         return "xyxy"
-    first = 64  # the decision rests on so many rows
-    rows = list(rows_of(stream.take(first), source))
+    rows = list(rows_of(stream.take(64), source))  # the decision rests on so many
     bbox_format = detect_bbox_format(rows)
-    print_once(f"{source}: objects.bbox is {bbox_format}, decided from the first rows")
+    if not any(isinstance(row["image"], str) for row in rows):  # of COCO's own files it is known
+        print_once(f"{source}: objects.bbox is {bbox_format}, decided from the first rows")
     categories = set()
     for row in rows:
         with contextlib.suppress(ValueError):
