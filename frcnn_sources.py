@@ -2,7 +2,7 @@
 
 `frcnn_common.open_source` opens both, `frcnn_common.read_row` reads what they give. A row has the
 columns of the Hub's COCO: ``image_id``, ``image``, ``width``, ``height`` and ``objects`` with
-``category`` (from 0 on), ``bbox`` and ``area``.
+``category`` (from 0 on), ``bbox`` and ``area``; ``bbox`` holds corners.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import functools
 import hashlib
 import io
 import itertools
+import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +137,7 @@ def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, t
             objects = coco.imgToAnns[image["id"]]
             columns = {
                 "category": [ids.index(a["category_id"]) for a in objects],
-                "bbox": [[float(v) for v in a["bbox"]] for a in objects],
+                "bbox": [_corners(a) for a in objects],
                 "area": [float(a.get("area") or 0) for a in objects],
                 "iscrowd": [int(a.get("iscrowd") or 0) for a in objects],
             }
@@ -143,12 +145,23 @@ def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, t
             row |= {side: image.get(side) for side in ("width", "height")}
             rows.append(row | {"image": _path_of(image["file_name"], folder, file)})
     except (LookupError, TypeError, ValueError) as error:
-        lacks = "an entry lacks " if isinstance(error, KeyError) else ""
-        raise ValueError(f"{file}: {lacks}{first_line(error)}") from error
+        raise ValueError(f"{file}: {_reason(error)}") from error
     if rows and not any(Path(row["image"]).is_file() for row in rows):
         such_as = f"{len(rows)} pictures is there, such as {rows[0]['image']}"
         raise FileNotFoundError(f"{file}: not one of its {such_as}")
     return rows, ("__background__", *names), (0, *ids)
+
+
+def _corners(annotation: dict) -> list[float]:
+    """A box as corners, which cannot be mistaken for corner and size; NaN where there is none.
+
+    One such box is no reason to refuse a folder: the data set leaves it out, and says so.
+    """
+    try:
+        x, y, width, height = map(float, annotation["bbox"])
+    except (LookupError, OverflowError, TypeError, ValueError):
+        return [math.nan] * 4
+    return [x, y, x + width, y + height] if width > 0 and height > 0 else [math.nan] * 4
 
 
 def _check(coco: COCO) -> None:
@@ -183,13 +196,18 @@ def _path_of(name: str, folder: Path, file: Path) -> str:
 def read_annotations(path: str | Path) -> COCO:
     """COCO's annotation file, indexed by pycocotools; what is none is refused in one line."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
-            coco = COCO(str(path))
-        if not {"images", "categories"} <= coco.dataset.keys():
-            raise LookupError("it holds no images or no categories")
+        dataset = json.loads(Path(path).read_bytes())  # in any UTF, with a mark or without
+        if not isinstance(dataset, dict) or not {"images", "categories"} <= dataset.keys():
+            raise ValueError("it holds no images or no categories")
+        coco = indexed(dataset)
+        for annotation in coco.anns.values():  # tools leave out what pycocotools asks for
+            x1, y1, x2, y2 = _corners(annotation)
+            area = float(np.nan_to_num((x2 - x1) * (y2 - y1)))
+            annotation["area"] = annotation.get("area") or area
+            annotation["iscrowd"] = annotation.get("iscrowd") or 0
         return coco
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no COCO annotation file: {error}") from error
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no COCO annotation file: {_reason(error)}") from error
 
 
 def indexed(dataset: dict) -> COCO:
@@ -204,6 +222,11 @@ def indexed(dataset: dict) -> COCO:
 def doubled(values: Sequence) -> list:
     """Those that come more than once."""
     return [value for value, count in collections.Counter(values).items() if count > 1]
+
+
+def _reason(error: Exception) -> str:
+    """The same as `first_line`, in words where it is but the name of what is missing."""
+    return ("an entry lacks " if isinstance(error, KeyError) else "") + first_line(error)
 
 
 def first_line(error: Exception) -> str:
