@@ -62,8 +62,11 @@ def own_rows(folder: Path, split: str, val_share: float) -> tuple[list[dict], tu
     parts = _coco_parts(folder) or _image_folder_parts(folder)
     opened = {part: _rows_of(coco, folder, file) for part, (coco, file) in parts.items()}
     (_, *classes), *others = opened.values()
-    if any(theirs != classes for _, *theirs in others):
-        raise ValueError(f"{folder}: the categories of its annotation files differ")
+    for _, *theirs in others:
+        only_one = sorted({*zip(*theirs)} ^ {*zip(*classes)})
+        if only_one:
+            what = f"the categories of its annotation files differ, such as {only_one[0]}"
+            raise ValueError(f"{folder}: {what}")
     if "val" in opened:
         rows = opened.get(split, ([],))[0]
     else:
@@ -98,6 +101,8 @@ def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
         splits = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=True)
         encoded = datasets.Image(decode=False)
         rows = {name: list(rows.cast_column("image", encoded)) for name, rows in splits.items()}
+        for row in itertools.chain(*rows.values()):
+            row["objects"] = row["objects"] or {}  # null where nothing is to be seen
         objects = [row["objects"] for row in itertools.chain(*rows.values())]
         for columns in objects:  # both names are in use
             columns["category"] = columns.pop("categories", None) or columns.get("category", [])
@@ -109,7 +114,7 @@ def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
             for name in [name for name in names if name in rows][:1]:
                 parts[split] = _as_coco(rows[name], ids), origin
     except Exception as error:  # of whatever kind
-        raise ValueError(f"{origin} cannot be used: {first_line(error)}") from error
+        raise ValueError(f"{origin} cannot be used: {_reason(error)}") from error
     return parts
 
 
@@ -128,12 +133,13 @@ def _as_coco(rows: list[dict], ids: dict) -> COCO:
 
 def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, tuple]:
     """Rows of COCO's annotations, with names and ids of their categories."""
-    rows = []
+    rows, where = [], f"{file}"
     try:
         _check(coco)
         ids = sorted(coco.cats)
         names = [str(coco.cats[i]["name"]) for i in ids]
         for image in coco.dataset["images"]:
+            where = f"{file}: image {image['id']}"
             objects = coco.imgToAnns[image["id"]]
             columns = {
                 "category": [ids.index(a["category_id"]) for a in objects],
@@ -142,10 +148,10 @@ def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, t
                 "iscrowd": [int(a.get("iscrowd") or 0) for a in objects],
             }
             row = {"image_id": image["id"], "objects": columns}
-            row |= {side: image.get(side) for side in ("width", "height")}
+            row |= {side: image.get(side) and int(image[side]) for side in ("width", "height")}
             rows.append(row | {"image": _path_of(image["file_name"], folder, file)})
-    except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {_reason(error)}") from error
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {_reason(error)}") from error
     if rows and not any(Path(row["image"]).is_file() for row in rows):
         such_as = f"{len(rows)} pictures is there, such as {rows[0]['image']}"
         raise FileNotFoundError(f"{file}: not one of its {such_as}")
@@ -161,34 +167,37 @@ def _corners(annotation: dict) -> list[float]:
         x, y, width, height = map(float, annotation["bbox"])
     except (LookupError, OverflowError, TypeError, ValueError):
         return [math.nan] * 4
-    return [x, y, x + width, y + height] if width > 0 and height > 0 else [math.nan] * 4
+    is_box = 0 < width < math.inf and 0 < height < math.inf
+    return [x, y, x + width, y + height] if is_box else [math.nan] * 4
 
 
 def _check(coco: COCO) -> None:
     """Refuse what can only be a mistake in the whole file."""
     for name in ("images", "annotations", "categories"):
         numbers = [entry["id"] for entry in coco.dataset.get(name, [])]
-        odd = doubled(numbers) or [i for i in numbers if not isinstance(i, int)]
+        odd = doubled(numbers)
+        odd += [i for i in numbers if not isinstance(i, int) or abs(i) >= 2**63]
         if odd:
             raise ValueError(f"ids of {name} are whole numbers, each its own; got {odd[0]!r}")
-    twice = doubled([image["file_name"] for image in coco.dataset["images"]])
+    twice = doubled([i["file_name"] for i in coco.dataset["images"] if "file_name" in i])
     if twice:
         raise ValueError(f"the file {twice[0]!r} belongs to two images")
     for a in coco.dataset.get("annotations", []):
         for name, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-            if a[name] not in known:
-                raise ValueError(f"annotation {a['id']} has the unknown {name} {a[name]!r}")
+            if a.get(name) not in known:
+                raise ValueError(f"annotation {a['id']} has the unknown {name} {a.get(name)!r}")
 
 
 def _path_of(name: str, folder: Path, file: Path) -> str:
     """Where a picture lies: beside the annotations, or where labelling tools put it."""
+    # Windows writes backslashes. Half a letter, of a name that is not UTF-8, is spelt out: no
+    # picture is found, and the data set names the one that it leaves out.
+    name = name.replace("\\", "/").encode(errors="backslashreplace").decode()
     part = file.stem.removeprefix("instances_")
     places = (file.parent, folder, folder / "images", folder / part, folder / "images" / part)
     paths = [Path(os.path.normpath(place / name)) for place in places]
     if not paths[0].is_relative_to(folder):
         raise ValueError(f"the picture {name!r} lies outside of the folder")
-    if name != name.encode(errors="replace").decode():
-        raise ValueError(f"the name {name!r} is not UTF-8: rename the picture")
     inside = (path for path in paths if path.is_relative_to(folder) and path.is_file())
     return str(next(inside, paths[0]))
 
@@ -197,7 +206,9 @@ def read_annotations(path: str | Path) -> COCO:
     """COCO's annotation file, indexed by pycocotools; what is none is refused in one line."""
     try:
         dataset = json.loads(Path(path).read_bytes())  # in any UTF, with a mark or without
-        if not isinstance(dataset, dict) or not {"images", "categories"} <= dataset.keys():
+        if not isinstance(dataset, dict) or not (
+            dataset.get("images") and dataset.get("categories")
+        ):
             raise ValueError("it holds no images or no categories")
         coco = indexed(dataset)
         for annotation in coco.anns.values():  # tools leave out what pycocotools asks for

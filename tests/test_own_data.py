@@ -1,8 +1,6 @@
 """Pictures of one's own: COCO's files and ``metadata.jsonl``, classes, fine-tuning, bad folders."""
 
 import collections
-import io
-import itertools
 import json
 import os
 import re
@@ -12,20 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-import pyarrow.parquet
 import pytest
 import torch
-from conftest import NAN, encoded, image_ids, objects, pixels, row, stream, write
+from conftest import NAN, encoded, image_ids, pixels, row, stream, write
 from fsspec.implementations.local import LocalFileSystem
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_published_weights import random_torchvision_detector
+
 from test_sources import read, shard_rows
-from torch.utils.data import DataLoader
+
 
 import frcnn_common as frcnn
 
@@ -75,11 +71,12 @@ def put(path: Path, content: dict | list[dict]) -> None:
     path.write_text("\n".join(map(json.dumps, lines)))
 
 
-def own(folder: Path, change: Callable[[dict], object] = lambda coco: None, count: int = 12) -> Path:
+def own(folder: Path, change: Callable[[dict], object] | None = None, count: int = 12) -> Path:
     """A folder of plain pictures beside its ``annotations.json``, in which something is changed."""
     draw(folder, range(1, count + 1))
     coco = coco_of(range(1, count + 1))
-    change(coco)
+    if change:
+        change(coco)
     put(folder / "annotations.json", coco)
     return folder
 
@@ -138,13 +135,13 @@ def test_a_coco_folder_gives_what_the_shards_give(split, coco_tiny, coco_folder)
     for image, target in shards:
         same_image, same = found.pop(target["image_id"])
         assert torch.equal(same_image, image)
-        objects = ~same["iscrowd"]  # the shards hold no crowds
-        assert objects.all() or split == "val"
+        kept = ~same["iscrowd"]  # the shards hold no crowds
+        assert kept.all() or split == "val"
         scale = torch.tensor([same["orig_size"][1], same["orig_size"][0]] * 2) / 200
-        boxes, expected = same["boxes"][objects] * scale, target["boxes"] * scale
+        boxes, expected = same["boxes"][kept] * scale, target["boxes"] * scale
         torch.testing.assert_close(boxes, expected, atol=1e-3, rtol=0)  # pixels of the original
-        torch.testing.assert_close(same["area"][objects], target["area"])
-        for name, theirs in zip(same["labels"][objects], target["labels"], strict=True):
+        torch.testing.assert_close(same["area"][kept], target["area"])
+        for name, theirs in zip(same["labels"][kept], target["labels"], strict=True):
             assert ours.classes.names[name] == shards.classes.names[theirs]
         compared += len(boxes)
     assert not found
@@ -218,7 +215,9 @@ CATEGORY_COLUMNS = {  # name of the column, what stands in it, and what is to co
 }
 
 
-@pytest.mark.parametrize("parts", [{"": ALL}, {"train": TRAIN, "validation": VAL}], ids=["flat", "parts"])
+@pytest.mark.parametrize(
+    "parts", [{"": ALL}, {"train": TRAIN, "validation": VAL}], ids=["flat", "in parts"]
+)
 @pytest.mark.parametrize("column", CATEGORY_COLUMNS)
 def test_metadata_jsonl_is_read(column, parts, tmp_path):
     name, category, kinds = CATEGORY_COLUMNS[column]
@@ -292,7 +291,7 @@ def test_the_share_may_be_anything_from_nothing_to_all(share, count, sixty):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, NAN])
 def test_a_share_that_is_none_is_refused(share, sixty):
-    with pytest.raises(ValueError, match="val_share must lie in 0..1, got"):
+    with pytest.raises(ValueError, match=r"val_share must lie in 0..1, got"):
         stream(sixty, val_share=share)
 
 
@@ -393,7 +392,7 @@ class Knowing(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.classes, self.num_classes = dataset.classes, len(dataset.classes.names)
-        self.SCORE_THR = 0.05
+        self.name, self.SCORE_THR = "tiny", 0.05
         self.known = [(image[:, 0, 0], target) for image, target in dataset]
 
     def forward(self, images, image_sizes=None):
@@ -478,3 +477,421 @@ def test_names_in_the_columns_of_shards_are_taken(tmp_path):
 def test_without_names_or_with_cocos_they_are_cocos(category, tmp_path):
     dataset = stream(named_shards(tmp_path, category))
     assert dataset.classes is frcnn.COCO_CLASSES
+
+
+# --- crowds ---------------------------------------------------------------------------------------
+
+
+def by_pycocotools(file: Path, records: list[dict]) -> list[float]:
+    """The twelve figures of a user's own file, without anything of this program."""
+    truth = COCO(str(file))
+    evaluation = COCOeval(truth, truth.loadRes(records), "bbox")
+    evaluation.params.imgIds = sorted({record["image_id"] for record in records})
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def crowded(coco: dict) -> None:
+    """In every third picture the whole area is a crowd of what the box shows, too."""
+    for annotation in coco["annotations"][::3]:
+        crowd = {"iscrowd": 1, "bbox": [0, 0, SIDE, SIDE], "area": SIDE * SIDE}
+        coco["annotations"].append(annotation | crowd | {"id": annotation["id"] + 50})
+    for annotation in coco["annotations"]:  # pycocotools asks for both
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+
+
+def test_crowds_are_marked_for_evaluation_and_never_trained_on(tmp_path):
+    folder = own(tmp_path, crowded)
+    train = list(own_stream(folder, "train", val_share=0.0))
+    assert [len(target["boxes"]) for _, target in train] == [1] * 12
+    assert not any(target["iscrowd"].any() for _, target in train)
+    val = {target["image_id"]: target for _, target in own_stream(folder)}
+    marks = {n: target["iscrowd"].tolist() for n, target in val.items()}
+    assert marks == {n: [False, True] if n % 3 == 1 else [False] for n in ALL}
+    assert val[1]["boxes"][1].tolist() == [0, 0, SIDE, SIDE]
+
+
+def test_a_picture_of_crowds_alone_is_left_out_of_training_and_no_mistake(tmp_path):
+    def change(coco):
+        for annotation in coco["annotations"][:4]:
+            annotation["iscrowd"] = 1
+
+    dataset = own_stream(own(tmp_path, change), "train", val_share=0.0)
+    assert sorted(served_by(dataset)) == list(range(5, 13))
+    assert (dataset.skipped, dataset.dropped) == (0, 0)
+
+
+@pytest.mark.parametrize("inside_crowds", [True, False])
+def test_what_is_found_in_a_crowd_counts_neither_way(inside_crowds, tmp_path, capsys):
+    folder = own(tmp_path, crowded)
+    dataset = own_stream(folder)
+    truth = [target for _, target in dataset]
+    results, records = [], []
+    for target in truth:
+        extra = target["iscrowd"].any() == inside_crowds  # a second, wrong box, surer than the rest
+        boxes = [target["boxes"][0].tolist()] + [[20.0, 21.0, 30.0, 31.0]] * int(extra)
+        scores = [0.5] + [0.9] * int(extra)
+        found = {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores)}
+        results.append(found | {"labels": target["labels"][:1].repeat(len(boxes))})
+        for (x1, y1, x2, y2), score in zip(boxes, scores, strict=True):
+            record = {"image_id": target["image_id"], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            i = dataset.classes.ids[target["labels"][0]]
+            records.append(record | {"category_id": i, "score": score})
+    ours = frcnn.coco_evaluation(truth, results, classes=dataset.classes).stats.tolist()
+    assert ours == pytest.approx(by_pycocotools(folder / "annotations.json", records), abs=1e-9)
+    assert (ours[0] > 0.999) == inside_crowds  # outside of one it is a false alarm
+
+
+# --- the Hub breaks off ---------------------------------------------------------------------------
+
+
+class Torn:
+    """A file of the network whose first reads end with a timeout."""
+
+    def __init__(self, file, faults: list[int]) -> None:
+        self.file, self.faults = file, faults
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def read(self, *size):
+        if self.faults and self.faults.pop(0):
+            raise TimeoutError("the line was cut")
+        return self.file.read(*size)
+
+
+@pytest.fixture
+def faulty_network(monkeypatch):
+    """``faulty_network(faults)``: which reads of ``faulty://…`` fail, 1 for each that does."""
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    faults = []
+
+    class Faulty(LocalFileSystem):
+        protocol = "faulty"
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + str(path).partition(":")[2].lstrip("/") if ":" in str(path) else str(path)
+
+        def unstrip_protocol(self, name):
+            return f"faulty://{self._strip_protocol(name)}"
+
+        def open(self, path, mode="rb", **options):
+            return Torn(Path(self._strip_protocol(path)).open(mode), faults)
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "faulty", Faulty)
+    return faults
+
+
+@pytest.fixture
+def hub_of(monkeypatch):
+    """``hub_of(folder)``: its shards pass for a data set of the Hub, over the faulty network."""
+    load = datasets.load_dataset
+
+    def build(folder: Path) -> frcnn.COCOStreamDataset:
+        def load_dataset(path, split, streaming):
+            files = {split: [f"faulty://{shard}" for shard in sorted(folder.iterdir())]}
+            return load("parquet", data_files=files, split=split, streaming=streaming)
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return stream(frcnn.HUB_SOURCE)
+
+    return build
+
+
+def test_a_network_that_breaks_off_loses_and_doubles_nothing(faulty_network, hub_of, tmp_path):
+    dataset = hub_of(write(tmp_path, *[[row(5 * i + k) for k in range(5)] for i in range(8)]))
+    faulty_network[:] = [0, 1, 1] * 100
+    assert image_ids(dataset) == list(range(40))
+    assert 300 - len(faulty_network) > 30  # two reads of three failed
+
+
+def test_a_network_that_stays_away_ends_with_one_line(
+    faulty_network, hub_of, tmp_path, monkeypatch
+):
+    dataset = hub_of(write(tmp_path, [row(i) for i in range(4)]))
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 3)
+    faulty_network[:] = [1] * 1000
+    with pytest.raises(ValueError, match="detection-datasets/coco cannot be read further: ") as end:
+        image_ids(dataset)
+    assert "\n" not in str(end.value)
+
+
+# --- bad folders: how each ends -------------------------------------------------------------------
+
+
+def put_content(content: bytes) -> Callable[[Path], Path]:
+    """The pictures are there, and something else stands in the annotation file."""
+
+    def build(folder: Path) -> Path:
+        (own(folder) / "annotations.json").write_bytes(content)
+        return folder
+
+    return build
+
+
+def encoded_as(encoding: str) -> Callable[[Path], Path]:
+    def build(folder: Path) -> Path:
+        path = own(folder) / "annotations.json"
+        path.write_text(path.read_text(), encoding=encoding)
+        return folder
+
+    return build
+
+
+def changed(change: Callable[[dict], object]) -> Callable[[Path], Path]:
+    return lambda folder: own(folder, change)
+
+
+def entry(name: str, number: int = 4, drop: str = "", **values) -> Callable[[Path], Path]:
+    """One entry of a list, the fifth, is changed."""
+
+    def change(coco):
+        coco[name][number].update(values)
+        coco[name][number].pop(drop, None)
+
+    return changed(change)
+
+
+def picture(content: bytes | None) -> Callable[[Path], Path]:
+    """The fifth picture holds something else, or is not there."""
+
+    def build(folder: Path) -> Path:
+        path = own(folder) / "5.png"
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        return folder
+
+    return build
+
+
+def without_pictures(folder: Path) -> Path:
+    for path in own(folder).glob("*.png"):
+        path.unlink()
+    return folder
+
+
+def without_annotations(folder: Path) -> Path:
+    draw(folder, ALL)
+    return folder
+
+
+def nothing(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def metadata(content: str = "", drop: str = "", missing: str = "", **values) -> Callable:
+    """Pictures and ``metadata.jsonl``, whose fifth line is changed."""
+
+    def build(folder: Path) -> Path:
+        draw(folder, ALL)
+        lines = [
+            {"file_name": f"{n}.png", "image_id": n}
+            | {"objects": {"bbox": [box_of(n)], "categories": [kind_of(n)]}}
+            for n in ALL
+        ]
+        lines[4].update(values)
+        for line in lines:
+            line.pop(drop, None)
+        put(folder / "metadata.jsonl", lines)
+        if content:
+            text = (folder / "metadata.jsonl").read_text()
+            (folder / "metadata.jsonl").write_text(text[: len(text) // 2] + content)
+        if missing:
+            (folder / missing).unlink()
+        return folder
+
+    return build
+
+
+def other_categories_in_val(folder: Path) -> Path:
+    laid_out(folder, LAYOUTS["COCO"])
+    coco = coco_of(VAL)
+    coco["categories"][0]["name"] = "ring"
+    put(folder / "annotations" / "instances_val.json", coco)
+    return folder
+
+
+def outside(absolute: bool) -> Callable[[Path], Path]:
+    """A picture that is there, in the folder above."""
+
+    def build(folder: Path) -> Path:
+        draw(folder.parent, [5])
+        name = folder.parent / "5.png" if absolute else "../5.png"
+        return entry("images", file_name=str(name))(folder)
+
+    return build
+
+
+def backslashes(folder: Path) -> Path:
+    laid_out(folder, LAYOUTS["Label Studio"])
+    text = (folder / "result.json").read_text()
+    (folder / "result.json").write_text(text.replace("images/", "images\\\\"))
+    return folder
+
+
+def odd_name(folder: Path) -> Path:
+    r"""A picture whose name holds the byte FF; Python reads it as \udcff."""
+    entry("images", file_name="5\udcff.png")(folder)
+    (folder / "5.png").rename(os.fsdecode(os.fsencode(folder) + b"/5\xff.png"))
+    return folder
+
+
+def twice(name: str, **values) -> Callable[[Path], Path]:
+    return changed(lambda coco: coco[name].append(coco[name][4] | values))
+
+
+SMALL = encoded(PIL.Image.new("RGB", (16, 16)))
+WHOLE = encoded(PIL.Image.effect_noise((SIDE, SIDE), 60).convert("RGB"))
+FILE = "annotations.json"
+# How each ends: "refused" in one line, which names the file and says what; "left out", so many
+# pictures (named) and boxes (counted), the rest served; or "served".
+BAD_FOLDERS = [
+    ("no such folder", lambda folder: folder, "refused", "unknown source"),
+    ("an empty folder", nothing, "refused", "holds no .*no COCO annotations"),
+    ("pictures without annotations", without_annotations, "refused", "no COCO annotations"),
+    ("torn JSON", put_content(b'{"images": [{"id": 1, "file'), "refused", FILE),
+    ("an empty file", put_content(b""), "refused", FILE),
+    ("JSON that is a list", put_content(b"[1, 2]"), "refused", f"{FILE}.*no images"),
+    ("JSON that is not UTF-8", put_content('{"é": 1}'.encode("latin-1")), "refused", FILE),
+    ("JSON 100,000 lists deep", put_content(b"[" * 100_000), "refused", FILE),
+    ("JSON with a byte order mark", encoded_as("utf-8-sig"), "served", None),
+    ("JSON in UTF-16", encoded_as("utf-16"), "served", None),
+    ("no images", changed(lambda c: c.pop("images")), "refused", f"{FILE}.*no images"),
+    ("images is null", changed(lambda c: c.update(images=None)), "refused", FILE),
+    ("images is empty", changed(lambda c: c.update(images=[], annotations=[])), "refused",
+     f"{FILE}.*no images"),
+    ("no categories", changed(lambda c: c.pop("categories")), "refused", f"{FILE}.*no categories"),
+    ("categories is empty", changed(lambda c: c.update(categories=[], annotations=[])), "refused",
+     f"{FILE}.*no categories"),
+    ("annotations is null", changed(lambda c: c.update(annotations=None)), "refused", FILE),
+    ("no picture is there", without_pictures, "refused", f"{FILE}: not one of its 12 pictures"),
+    ("a picture is missing", picture(None), "left out", (1, 0)),
+    ("a picture is text", picture(b"a line of text"), "left out", (1, 0)),
+    ("a picture is empty", picture(b""), "left out", (1, 0)),
+    ("a picture is cut", picture(WHOLE[: len(WHOLE) // 2]), "left out", (1, 0)),
+    ("a picture of another size", picture(SMALL), "left out", (1, 0)),
+    ("an image without file_name", entry("images", drop="file_name"), "refused",
+     f"{FILE}: image 5: .* lacks 'file_name'"),
+    ("an image without width", entry("images", drop="width"), "left out", (1, 0)),
+    ("a width that is a number in text", entry("images", width="32"), "served", None),
+    ("a width that is text", entry("images", width="wide"), "refused", f"{FILE}: image 5: .*wide"),
+    ("an unknown category", entry("annotations", category_id=8), "refused",
+     f"{FILE}: annotation 55 has the unknown category_id 8"),
+    ("an annotation without category", entry("annotations", drop="category_id"), "refused",
+     f"{FILE}.*category_id"),
+    ("an unknown image", entry("annotations", image_id=13), "refused",
+     f"{FILE}: annotation 55 has the unknown image_id 13"),
+    ("a box of negative width", entry("annotations", bbox=[9, 9, -4, 5]), "left out", (0, 1)),
+    ("an empty box", entry("annotations", bbox=[9, 9, 0, 5]), "left out", (0, 1)),
+    ("a box of NaN", entry("annotations", bbox=[NAN, 9, 4, 5]), "left out", (0, 1)),
+    ("a box of infinity", entry("annotations", bbox=[1, 9, 1e400, 5]), "left out", (0, 1)),
+    ("a box of 10 to the 400", entry("annotations", bbox=[1, 9, 10**400, 5]), "left out", (0, 1)),
+    ("a box of three numbers", entry("annotations", bbox=[9, 9, 4]), "left out", (0, 1)),
+    ("a box of text", entry("annotations", bbox="9 9 4 5"), "left out", (0, 1)),
+    ("a box of objects", entry("annotations", bbox=[{}, 9, 4, 5]), "left out", (0, 1)),
+    ("an annotation without bbox", entry("annotations", drop="bbox"), "left out", (0, 1)),
+    ("a box that leaves its picture", entry("annotations", bbox=[9, 9, 90, 5]), "served",
+     [9, 9, 32, 14]),
+    ("a box beside its picture", entry("annotations", bbox=[99, 9, 9, 5]), "left out", (0, 1)),
+    ("an area that is text", entry("annotations", area="big"), "refused", f"{FILE}: image 5: .*big"),
+    ("an area below 0", entry("annotations", area=-5), "left out", (1, 0)),
+    ("an image twice", twice("images"), "refused", f"{FILE}: ids of images .* 5"),
+    ("an annotation twice", twice("annotations"), "refused", f"{FILE}: ids of annotations .* 55"),
+    ("a category twice", changed(lambda c: c["categories"].append({"id": 3, "name": "ring"})),
+     "refused", f"{FILE}: ids of categories .* 3"),
+    ("a category without name", entry("categories", 1, drop="name"), "refused", f"{FILE}.*'name'"),
+    ("a file for two images", twice("images", id=13), "refused", f"{FILE}: the file '5.png'"),
+    ("an id that is text", changed(lambda c: c["images"].append({"id": "five"})), "refused",
+     f"{FILE}: ids of images .* 'five'"),
+    ("an id of 2 to the 70", changed(lambda c: c["images"].append({"id": 2**70})), "refused",
+     f"{FILE}: ids of images .* {2**70}"),
+    ("../ out of the folder", outside(absolute=False), "refused",
+     f"{FILE}: .*'../5.png' lies outside"),
+    ("an absolute path out of the folder", outside(absolute=True), "refused",
+     f"{FILE}: .*lies outside"),
+    ("backslashes of Windows", backslashes, "served", None),
+    ("a name that is not UTF-8", odd_name, "left out", (1, 0)),
+    ("torn metadata.jsonl", metadata('{"file_na'), "refused", "metadata.jsonl"),
+    ("metadata.jsonl without objects", metadata(drop="objects"), "refused",
+     "metadata.jsonl.*objects"),
+    ("metadata.jsonl without file_name", metadata(drop="file_name"), "refused", "file_name"),
+    ("a line without objects", metadata(objects=None), "served", []),
+    ("a line of a picture that is missing", metadata(missing="5.png"), "left out", (1, 0)),
+    ("a line with a box of NaN", metadata(objects={"bbox": [[NAN, 9, 4, 5]], "categories": [3]}),
+     "left out", (0, 1)),
+    ("other categories in val", other_categories_in_val, "refused", "categories .*differ"),
+]  # fmt: skip
+
+
+def test_bad_folders_are_named_apart():
+    names = [name for name, *_ in BAD_FOLDERS]
+    assert len(names) == len(set(names)) >= 25
+
+
+@pytest.mark.parametrize(
+    ("build", "outcome", "detail"), [b[1:] for b in BAD_FOLDERS], ids=[b[0] for b in BAD_FOLDERS]
+)
+def test_a_bad_folder_ends_as_it_should(build, outcome, detail, tmp_path):
+    folder = build(tmp_path / "data")
+    opened = []
+
+    def open_dataset():
+        opened.append(own_stream(folder))
+        return opened[0]
+
+    ended, said, served = read(open_dataset)
+    assert all("\n" not in line for line in said)
+    if outcome == "refused":
+        (line,) = said
+        assert (ended, served) == ("error", {})
+        assert str(folder) in line
+        assert re.search(detail, line), line
+        return
+    assert ended != "error", said
+    rows, boxes = detail if outcome == "left out" else (0, 0)
+    assert (opened[0].skipped, opened[0].dropped) == (rows, boxes), said
+    assert set(served) == (set(ALL) - {5} if rows else set(ALL))
+    assert all(re.match(r"image_id 5 \(\S*5\S*png\) skipped: ", line) for line in said), said
+    whole = expected_of(ALL)
+    for number, target in served.items():
+        expected = whole[number][1]
+        if number == 5 and boxes:
+            expected = []
+        elif number == 5 and isinstance(detail, list):
+            expected = [detail] if detail else []
+        assert target["boxes"].tolist() == expected
+
+
+def table_of_bad_folders() -> str:
+    """What was tried and how it ended, as Markdown."""
+    lines = ["| folder | how it ends |", "|---|---|"]
+    for name, _, outcome, detail in BAD_FOLDERS:
+        left_out = f": pictures {detail[0]}, boxes {detail[1]}" if outcome == "left out" else ""
+        lines.append(f"| {name} | {outcome}{left_out} |")
+    return "\n".join(lines)
+
+
+def row_of_the_readme() -> str:
+    outcomes = collections.Counter(outcome for _, _, outcome, _ in BAD_FOLDERS)
+    ended = f"{outcomes['refused']} refused in one line that names the file, "
+    ended += f"{outcomes['left out']} served but for the picture or box, named and counted, "
+    return f"| {outcomes.total()} | {ended}{outcomes['served']} served whole |"
+
+
+def test_the_readme_says_how_bad_folders_end():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert row_of_the_readme() in readme
+    assert table_of_bad_folders().count("\n") == len(BAD_FOLDERS) + 1
