@@ -206,12 +206,13 @@ def read_annotations(path: str | Path) -> COCO:
     """COCO's annotation file, indexed by pycocotools; what is none is refused in one line."""
     try:
         dataset = json.loads(Path(path).read_bytes())  # in any UTF, with a mark or without
-        if not isinstance(dataset, dict) or not (
-            dataset.get("images") and dataset.get("categories")
-        ):
+        sound = isinstance(dataset, dict) and dataset.get("images") and dataset.get("categories")
+        if not sound:
             raise ValueError("it holds no images or no categories")
         coco = indexed(dataset)
-        for annotation in coco.anns.values():  # tools leave out what pycocotools asks for
+        for annotation in dataset.get(
+            "annotations", []
+        ):  # tools leave out what pycocotools asks for
             x1, y1, x2, y2 = _corners(annotation)
             area = float(np.nan_to_num((x2 - x1) * (y2 - y1)))
             annotation["area"] = annotation.get("area") or area

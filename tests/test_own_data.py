@@ -19,9 +19,9 @@ from conftest import NAN, encoded, image_ids, pixels, row, stream, write
 from fsspec.implementations.local import LocalFileSystem
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-
+from test_published_weights import random_torchvision_detector
 from test_sources import read, shard_rows
-
+from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
 
@@ -266,12 +266,10 @@ def test_a_fifth_of_one_file_is_held_out(sixty):
 def test_the_same_pictures_are_held_out_in_every_process(sixty):
     code = "import sys, frcnn_common as f; print(sorted(r['image_id'] for r in "
     code += "f.open_source(sys.argv[1], 'val')[0]))"
-    found = set()
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code, str(sixty)]
-        found.add(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
-    assert [json.loads(ids) for ids in found] == [sorted(held_out(sixty, 0.2)[1])]
+    environment = os.environ | {"PYTHONHASHSEED": "4711"}
+    command = [sys.executable, "-c", code, str(sixty)]
+    printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    assert json.loads(printed) == sorted(held_out(sixty, 0.2)[1])
 
 
 def test_the_order_in_the_file_decides_nothing(sixty, tmp_path):
@@ -627,6 +625,483 @@ def test_a_network_that_stays_away_ends_with_one_line(
     assert "\n" not in str(end.value)
 
 
+# --- classes in checkpoints -----------------------------------------------------------------------
+
+
+def other_classes(**names: str) -> frcnn.Classes:
+    """`CLASSES` with another name or two."""
+    return frcnn.Classes(tuple(names.get(name, name) for name in CLASSES.names), CLASSES.ids)
+
+
+RING = other_classes(disc="ring")
+
+
+def tiny(classes: frcnn.Classes | None) -> frcnn.FasterRCNN:
+    model = frcnn.tiny_faster_rcnn(4)
+    model.classes = classes
+    return model
+
+
+def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+def test_names_and_ids_come_back_out_of_a_checkpoint(tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", tiny(CLASSES))
+    model, _ = frcnn.load_checkpoint(tmp_path / "c.pt")
+    assert (model.classes, type(model.classes)) == (CLASSES, frcnn.Classes)
+    assert model.num_classes == 4
+    fresh, _ = frcnn.load_checkpoint(tmp_path / "c.pt", tiny(None))
+    assert fresh.classes == CLASSES
+
+
+def test_a_checkpoint_of_before_there_were_classes_has_cocos(tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", frcnn.tiny_faster_rcnn())
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    del state["classes"]
+    torch.save(state, tmp_path / "c.pt")
+    assert frcnn.load_checkpoint(tmp_path / "c.pt")[0].classes == frcnn.COCO_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (RING, r"only in the model: ring \(7\); only in \S+c.pt: disc \(7\)"),
+        (
+            frcnn.Classes(CLASSES.names, (0, 3, 8, 100)),
+            r"only in the model: disc \(8\); only in \S+c.pt: disc \(7\)",
+        ),
+    ],
+    ids=["another name", "another id"],
+)
+def test_a_model_of_other_classes_takes_no_checkpoint(classes, said, tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", tiny(CLASSES))
+    model = tiny(classes)
+    before = copied(model)
+    with pytest.raises(ValueError, match=said):
+        frcnn.load_checkpoint(tmp_path / "c.pt", model)
+    assert_same(model.state_dict(), before)
+    assert model.classes == classes
+
+
+def test_a_model_is_not_evaluated_on_data_of_other_classes(tmp_path):
+    folder = own(tmp_path)
+    with pytest.raises(ValueError, match=r"only in the model: ring \(7\); only in .*: disc \(7\)"):
+        frcnn.evaluate(tiny(RING), own_stream(folder))
+
+
+def loader_of(folder: Path, batch: int = 2) -> DataLoader:
+    dataset = own_stream(folder, "train", val_share=0.0)
+    return DataLoader(dataset, batch, collate_fn=frcnn.frcnn_collate_fn)
+
+
+def test_training_takes_over_the_classes_of_the_data(tmp_path):
+    model = tiny(None)
+    frcnn.train(model, loader_of(own(tmp_path)), 1, checkpoint_path=tmp_path / "c.pt")
+    assert model.classes == CLASSES
+    assert frcnn.load_checkpoint(tmp_path / "c.pt")[0].classes == CLASSES
+
+
+@pytest.mark.parametrize("count", [3, 5, 81])
+def test_training_refuses_a_model_with_another_number_of_classes(count, tmp_path):
+    folder = own(tmp_path)
+    model = frcnn.tiny_faster_rcnn(count)
+    before = copied(model)
+    with pytest.raises(ValueError, match=r"has 4 classes.*build the model with num_classes=4"):
+        frcnn.train(model, loader_of(folder), 1)
+    assert_same(model.state_dict(), before)
+
+
+# --- fine-tuning ----------------------------------------------------------------------------------
+
+
+def without_predictor(state: dict) -> dict:
+    return {name: value for name, value in state.items() if not name.startswith("predictor.")}
+
+
+def started_from(path: Path, model: frcnn.FasterRCNN) -> frcnn.FasterRCNN:
+    """As ``train --weights FILE`` does it."""
+    _, weights, classes, _ = frcnn._read_checkpoint(path)
+    frcnn.start_from(model, weights, classes, path)
+    return model
+
+
+@pytest.fixture(scope="module")
+def torchvision_file(tmp_path_factory) -> Path:
+    """A file as torchvision publishes it, for 91 ids, of random weights."""
+    path = tmp_path_factory.mktemp("torchvision") / "theirs.pth"
+    state = random_torchvision_detector().state_dict()
+    assert len(state["roi_heads.box_predictor.cls_score.bias"]) == 91
+    torch.save(state, path)
+    return path
+
+
+def test_cocos_detector_starts_one_of_other_classes(torchvision_file, capsys):
+    coco = frcnn.coco_faster_rcnn()
+    state = torch.load(torchvision_file, weights_only=True)
+    frcnn.load_coco_weights(coco, state)
+    mine = frcnn.coco_faster_rcnn(4)
+    mine.classes = CLASSES
+    predictor = copied(mine.predictor)
+    started_from(torchvision_file, mine)
+    assert_same(without_predictor(mine.state_dict()), without_predictor(coco.state_dict()))
+    assert_same(mine.predictor.state_dict(), predictor)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "all kept but one layer; new is the predictor, for 3 other classes" in said
+
+    by_state = frcnn.coco_faster_rcnn(4)
+    own_predictor = copied(by_state.predictor)
+    frcnn.load_coco_weights(by_state, state)
+    assert_same(without_predictor(by_state.state_dict()), without_predictor(coco.state_dict()))
+    assert_same(by_state.predictor.state_dict(), own_predictor)
+
+    mine.SCORE_THR = 0.0
+    found = frcnn.detect(mine, PIL.Image.effect_noise((90, 60), 80).convert("RGB"), (64, 128))
+    assert len(found["boxes"]) > 0
+    assert set(found["labels"].tolist()) <= {1, 2, 3}
+
+
+needs_tiny = pytest.mark.skipif(not frcnn.TINY_DETECTOR.exists(), reason="needs tiny_detector.pt")
+
+
+@needs_tiny
+def test_the_shipped_detector_starts_one_of_other_classes():
+    shipped = frcnn.load_checkpoint(frcnn.TINY_DETECTOR)[0].cpu()
+    model = tiny(CLASSES)
+    predictor = copied(model.predictor)
+    started_from(frcnn.TINY_DETECTOR, model)
+    assert_same(without_predictor(model.state_dict()), without_predictor(shipped.state_dict()))
+    assert_same(model.predictor.state_dict(), predictor)
+
+
+@needs_tiny
+def test_of_the_same_classes_the_predictor_comes_along(capsys):
+    shipped = frcnn.load_checkpoint(frcnn.TINY_DETECTOR)[0].cpu()
+    model = started_from(frcnn.TINY_DETECTOR, frcnn.tiny_faster_rcnn())
+    assert_same(model.state_dict(), shipped.state_dict())
+    assert capsys.readouterr().out == ""
+
+
+def test_as_many_classes_of_other_names_get_a_new_predictor(tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", tiny(RING))
+    model = tiny(CLASSES)
+    predictor = copied(model.predictor)
+    started_from(tmp_path / "c.pt", model)
+    assert_same(model.predictor.state_dict(), predictor)
+    assert model.classes == CLASSES
+
+
+@pytest.mark.filterwarnings("ignore:training with frozen stages")
+def test_what_is_frozen_stands_still(tmp_path):
+    model = tiny(CLASSES)
+    model.backbone.freeze(2)
+    for layer in model.backbone.modules():  # so that statistics would move
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean += 1
+    before = copied(model.backbone)
+    frcnn.train(model, loader_of(own(tmp_path)), 2)
+    still = ("stem.", "layer1.")
+    for name, parameter in model.backbone.named_parameters():
+        assert (parameter.grad is None) == name.startswith(still), name
+    after = model.backbone.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert not [name for name in moved if name.startswith(still)]
+    assert [name for name in moved if name.startswith("layer2.") and "running_mean" in name]
+    assert [name for name in moved if name.startswith("layer4.") and name.endswith("weight")]
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(frcnn, "DEVICE", torch.device("cpu"))
+
+
+@pytest.fixture
+def call(capfd):
+    """``call("train …")`` → exit code, stdout, lines of stderr that are no progress."""
+
+    def run(line: str):
+        capfd.readouterr()
+        code = frcnn.main(line.split())
+        out, err = capfd.readouterr()
+        told = [text for text in re.split(r"[\r\n]+", err) if text and "%|" not in text]
+        return code, out, told
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return own(tmp_path_factory.mktemp("small"), count=20)
+
+
+TRAIN_TINY = "train --model tiny --image-size 32 --batch 2"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `train` is called with; it does not train."""
+    calls = []
+
+    def train(model, loader, steps, *arguments, **options):
+        calls.append({"model": model, "steps": steps, "weights": copied(model), **options})
+        return {name: [0.0] for name in ("loss", *frcnn.LOSS_NAMES)}
+
+    monkeypatch.setattr(frcnn, "train", train)
+    monkeypatch.setattr(frcnn, "_draw_validation", lambda *arguments: None)
+    return calls
+
+
+@needs_tiny
+def test_without_weights_the_tiny_model_starts_from_the_glyph_detector(
+    call, started, small, tmp_path
+):
+    code, out, err = call(f"{TRAIN_TINY} --source {small} --checkpoint {tmp_path}/c.pt")
+    assert (code, err) == (0, [])
+    assert re.search(r"weights of \S*tiny_detector.pt: all kept but one layer; new is the", out)
+    shipped = frcnn.load_checkpoint(frcnn.TINY_DETECTOR)[0].state_dict()
+    (start,) = started
+    assert_same(without_predictor(start["weights"]), without_predictor(shipped))
+    assert start["run"]["weights"] == "glyphs"
+    assert not any(p.requires_grad for p in start["model"].backbone.layer1.parameters())
+
+
+def test_weights_none_starts_from_nothing(call, started, small, tmp_path):
+    line = f"{TRAIN_TINY} --source {small} --checkpoint {tmp_path}/c.pt --weights none --seed 5"
+    code, out, err = call(line)
+    assert (code, err) == (0, [])
+    assert "weights of" not in out
+    torch.manual_seed(5)
+    assert_same(started[0]["weights"], frcnn.tiny_faster_rcnn(4).state_dict())
+    assert all(p.requires_grad for p in started[0]["model"].backbone.parameters())
+
+
+# 20 pictures, 4 of them held out.
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--epochs 2", 16),
+        ("--epochs 2 --batch 3", 10),
+        ("--epochs 2 --max-samples 6", 6),
+        ("--epochs 2 --val-share 0.5", 10),
+        ("--epochs 2 --steps 7", 7),
+        ("--batch 8", 380),
+        ("--batch 64", 47),
+    ],
+)
+def test_epochs_and_defaults_give_the_steps(options, steps, call, started, small, tmp_path):
+    line = f"{TRAIN_TINY} --source {small} --checkpoint {tmp_path}/c.pt --weights none {options}"
+    assert call(line)[0] == 0
+    assert started[0]["steps"] == steps
+
+
+@pytest.mark.parametrize(("images", "steps"), [(None, 380), (48, 380), (101, 380), (200, 750)])
+def test_a_run_takes_thirty_epochs_and_never_fewer_than_380_steps(images, steps, sixty, tmp_path):
+    dataset = own_stream(sixty)
+    dataset.images = images
+    line = f"train --model tiny --checkpoint {tmp_path}/c.pt"
+    assert frcnn._planned_steps(frcnn._parse(line.split()), dataset, 8) == steps
+
+
+def test_epochs_of_a_data_set_of_unknown_size_are_refused(call, tmp_path, monkeypatch):
+    """It is one of the Hub, as far as the program can tell."""
+    folder = named_shards(tmp_path / "data", datasets.ClassLabel(names=["nut", "bolt", "gear"]))
+    load = datasets.load_dataset
+    shard = str(next(folder.glob("*.parquet")))
+
+    def load_dataset(path, split, streaming):
+        return load("parquet", data_files={split: [shard]}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "test"])
+    line = f"{TRAIN_TINY} --source someone/tools --checkpoint {tmp_path}/c.pt"
+    code, _, err = call(f"{line} --epochs 2")
+    assert code == 2
+    assert err == [
+        "frcnn_common: error: --epochs: how many images someone/tools has is unknown; give --steps"
+    ]
+    assert not (tmp_path / "c.pt").exists()
+
+
+def test_training_draws_six_validation_pictures(call, tmp_path):
+    folder = own(tmp_path / "data", count=50)
+    line = f"{TRAIN_TINY} --source {folder} --checkpoint {tmp_path}/own.pt --weights none --steps 1"
+    code, out, err = call(line)
+    assert (code, err) == (0, [])
+    assert f"{tmp_path}/own_val: validation pictures" in out
+    drawn = sorted((tmp_path / "own_val").iterdir())
+    assert [path.name for path in drawn] == [f"{number}.jpg" for number in range(6)]
+    for path in drawn:
+        with PIL.Image.open(path) as image:
+            image.load()
+            assert max(image.size) >= 400
+    assert json.loads(out.splitlines()[-1])["steps"] == 1
+
+
+def test_fewer_validation_pictures_or_none_are_no_error(call, small, tmp_path):
+    for share, count in ((0.1, 2), (0.0, 0)):
+        line = f"{TRAIN_TINY} --source {small} --weights none --steps 1 --val-share {share}"
+        code, out, err = call(f"{line} --checkpoint {tmp_path}/{count}.pt")
+        assert (code, err) == (0, [])
+        folder = tmp_path / f"{count}_val"
+        assert len(list(folder.iterdir()) if folder.exists() else []) == count
+    assert "no validation pictures drawn" in out
+
+
+@needs_tiny
+def test_a_fine_tuned_run_resumes_to_the_same_end(call, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+    line = f"{TRAIN_TINY} --source {small} --steps 6 --save-every 2 --checkpoint {tmp_path}"
+    code, _, err = call(f"{line}/whole.pt")
+    assert (code, err) == (0, [])
+    train_step, count = frcnn._train_step, []
+
+    def stop(*arguments):
+        count.append(1)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frcnn, "_train_step", stop)
+        assert call(f"{line}/part.pt")[0] == 130
+    code, _, err = call(f"{line}/part.pt --resume")
+    assert (code, err) == (0, [])
+    whole, part = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "part.pt")
+    )
+    assert_same(part["model"], whole["model"])
+    assert part["history"] == whole["history"]
+    assert part["classes"] == whole["classes"] == [*CLASSES]
+
+
+def test_evaluate_takes_the_share_of_the_training(call, small, tmp_path):
+    line = f"{TRAIN_TINY} --source {small} --weights none --steps 1 --val-share 0.5"
+    assert call(f"{line} --checkpoint {tmp_path}/c.pt")[0] == 0
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frcnn, "evaluate", lambda m, d, **o: seen.append(d.images) or {})
+        for more in ("", " --val-share 0.1"):
+            assert call(f"evaluate --checkpoint {tmp_path}/c.pt --source {small}{more}")[0] == 0
+    assert seen == [10, 2]
+
+
+def test_evaluate_names_the_classes_that_differ_in_one_line(call, small, tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", tiny(RING))
+    code, _, err = call(f"evaluate --checkpoint {tmp_path}/c.pt --source {small}")
+    assert (code, len(err)) == (2, 1)
+    assert re.search(r"only in the model: ring \(7\); only in \S+: disc \(7\)$", err[0])
+
+
+def test_detect_refuses_a_checkpoint_that_was_never_trained(call, small, tmp_path):
+    frcnn.save_checkpoint(tmp_path / "c.pt", tiny(None))
+    code, _, err = call(f"detect --checkpoint {tmp_path}/c.pt {small} --out {tmp_path}/out")
+    assert (code, len(err)) == (2, 1)
+    assert "c.pt does not say what its classes are called" in err[0]
+
+
+def test_min_score_decides_what_is_drawn_and_not_what_is_written(call, small, tmp_path):
+    model = tiny(CLASSES)
+    torch.nn.init.constant_(model.predictor.cls.bias, 0.0)  # of four classes each gets its quarter
+    frcnn.save_checkpoint(tmp_path / "c.pt", model)
+    found = {}
+    for least in ("0.0", "1.1", None):
+        option = f"--min-score {least}" if least else ""
+        line = f"detect --checkpoint {tmp_path}/c.pt {small}/1.png --out {tmp_path}/{least}"
+        code, _, err = call(f"{line} {option}")
+        assert (code, err) == (0, [])
+        (record,) = json.loads((tmp_path / str(least) / "detections.json").read_text())
+        assert (record.pop("min_score"), record.pop("min_score_drawn")) == (
+            0.05,
+            float(least or 0.5),
+        )
+        found[least] = record, (tmp_path / str(least) / record["drawn"]).read_bytes()
+    assert len(found["0.0"][0]["detections"]) > 0
+    assert found["0.0"][0] == found["1.1"][0] == found[None][0]
+    assert found["0.0"][1] != found["1.1"][1]
+    assert all(0.05 <= d["score"] < 0.5 for d in found[None][0]["detections"])
+    assert found[None][1] == found["1.1"][1]
+
+
+# --- sixty pictures -------------------------------------------------------------------------------
+
+
+def shapes(folder: Path, count: int = 60, size: tuple[int, int] = (200, 150)) -> Path:
+    """Discs, squares and triangles of any colour on noise, with COCO's annotations."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    width, height = size
+    images, annotations = [], []
+    for number in range(1, count + 1):
+        noise = rng.normal(rng.uniform(60, 200), 12, (height, width, 3)).clip(0, 255)
+        image = PIL.Image.fromarray(noise.astype(np.uint8))
+        pen = PIL.ImageDraw.Draw(image)
+        taken = []
+        for _ in range(rng.integers(1, 4)):
+            side = int(rng.integers(28, 60))
+            x, y = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+            if any(x < a + s and a < x + side and y < b + s and b < y + side for a, b, s in taken):
+                continue
+            taken.append((x, y, side))
+            kind = int(rng.choice(list(KINDS)))
+            ink = tuple(int(v) for v in rng.integers(0, 255, 3))
+            low, right = y + side - 1, x + side - 1
+            if KINDS[kind] == "disc":
+                pen.ellipse((x, y, right, low), fill=ink)
+            elif KINDS[kind] == "square":
+                pen.rectangle((x, y, right, low), fill=ink)
+            else:
+                pen.polygon([(x, low), (right, low), (x + side // 2, y)], fill=ink)
+            record = {"id": len(annotations) + 1, "image_id": number, "category_id": kind}
+            record |= {"bbox": [x, y, side, side], "area": side * side, "iscrowd": 0}
+            annotations.append(record)
+        image.save(folder / f"{number:03}.png")
+        record = {"id": number, "file_name": f"{number:03}.png"}
+        images.append(record | {"width": width, "height": height})
+    kinds = [{"id": i, "name": name} for i, name in KINDS.items()]
+    coco = {"images": images, "annotations": annotations, "categories": kinds}
+    put(folder / "annotations.json", coco)
+    return folder
+
+
+@pytest.mark.slow
+@needs_tiny
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sixty_pictures_are_learnt(seed, call, tmp_path):
+    folder, checkpoint = shapes(tmp_path / "in"), tmp_path / "own.pt"
+    line = f"train --model tiny --source {folder} --val-share 0.2 --checkpoint {checkpoint}"
+    code, out, err = call(f"{line} --seed {seed}")
+    assert (code, err) == (0, [])
+    assert json.loads(out.splitlines()[-1])["steps"] == 380
+    code, out, err = call(f"evaluate --checkpoint {checkpoint} --source {folder}")
+    assert (code, err) == (0, [])
+    figures = json.loads(out.splitlines()[-1])
+    print(f"seed {seed}: {figures}")
+    assert figures["AP50"] >= 0.9
+
+    rows = frcnn.open_source(str(folder), "val")[0]
+    paths = {r["image"]: r["image_id"] for r in rows}
+    assert len(paths) == 12
+    pictures = " ".join(paths)
+    assert call(f"detect --checkpoint {checkpoint} {pictures} --out {tmp_path}/out")[0] == 0
+    records = []
+    for record in json.loads((tmp_path / "out" / "detections.json").read_text()):
+        for found in record["detections"]:
+            x1, y1, x2, y2 = found["box"]
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "image_id": paths[record["image"]]}
+            records.append(box | {name: found[name] for name in ("category_id", "score")})
+    theirs = by_pycocotools(folder / "annotations.json", records)
+    assert list(figures.values()) == pytest.approx(theirs, abs=1e-6)
+
+
 # --- bad folders: how each ends -------------------------------------------------------------------
 
 
@@ -806,7 +1281,8 @@ BAD_FOLDERS = [
     ("a box that leaves its picture", entry("annotations", bbox=[9, 9, 90, 5]), "served",
      [9, 9, 32, 14]),
     ("a box beside its picture", entry("annotations", bbox=[99, 9, 9, 5]), "left out", (0, 1)),
-    ("an area that is text", entry("annotations", area="big"), "refused", f"{FILE}: image 5: .*big"),
+    ("an area that is text", entry("annotations", area="big"), "refused",
+     f"{FILE}: image 5: .*big"),
     ("an area below 0", entry("annotations", area=-5), "left out", (1, 0)),
     ("an image twice", twice("images"), "refused", f"{FILE}: ids of images .* 5"),
     ("an annotation twice", twice("annotations"), "refused", f"{FILE}: ids of annotations .* 55"),
