@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -93,12 +94,13 @@ def _coco_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
 
 def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
     """What `datasets` reads from ``metadata.jsonl`` (.csv, .parquet), as if COCO had written it."""
-    origin = folder / "metadata.jsonl"
-    if not any(folder.rglob("metadata.*")):
+    origin = min(folder.rglob("metadata.*"), default=None)
+    if origin is None:
         wanted = "no *.parquet, no COCO annotations such as annotations.json, no metadata.jsonl"
         raise FileNotFoundError(f"{folder} holds {wanted}")
     try:
-        splits = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=True)
+        place = glob.escape(str(folder))  # a folder may be called "a*"
+        splits = datasets.load_dataset("imagefolder", data_dir=place, streaming=True)
         encoded = datasets.Image(decode=False)
         rows = {name: list(rows.cast_column("image", encoded)) for name, rows in splits.items()}
         for row in itertools.chain(*rows.values()):
@@ -210,9 +212,8 @@ def read_annotations(path: str | Path) -> COCO:
         if not sound:
             raise ValueError("it holds no images or no categories")
         coco = indexed(dataset)
-        for annotation in dataset.get(
-            "annotations", []
-        ):  # tools leave out what pycocotools asks for
+        # Tools leave out what pycocotools asks for.
+        for annotation in dataset.get("annotations", []):
             x1, y1, x2, y2 = _corners(annotation)
             area = float(np.nan_to_num((x2 - x1) * (y2 - y1)))
             annotation["area"] = annotation.get("area") or area

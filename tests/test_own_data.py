@@ -221,6 +221,7 @@ CATEGORY_COLUMNS = {  # name of the column, what stands in it, and what is to co
 @pytest.mark.parametrize("column", CATEGORY_COLUMNS)
 def test_metadata_jsonl_is_read(column, parts, tmp_path):
     name, category, kinds = CATEGORY_COLUMNS[column]
+    tmp_path = tmp_path / "my [data]*"
     for part, numbers in parts.items():
         draw(tmp_path / part, numbers)
         lines = [
@@ -1210,6 +1211,17 @@ def outside(absolute: bool) -> Callable[[Path], Path]:
     return build
 
 
+def above_both(folder: Path) -> Path:
+    """From the annotations the path ends inside, from the folder outside, where the picture is."""
+    laid_out(folder, LAYOUTS["CVAT"])
+    path = folder / "annotations" / "instances_default.json"
+    coco = json.loads(path.read_text())
+    coco["images"][4]["file_name"] = "../5.png"
+    put(path, coco)
+    draw(folder.parent, [5])
+    return folder
+
+
 def backslashes(folder: Path) -> Path:
     laid_out(folder, LAYOUTS["Label Studio"])
     text = (folder / "result.json").read_text()
@@ -1298,6 +1310,7 @@ BAD_FOLDERS = [
      f"{FILE}: .*'../5.png' lies outside"),
     ("an absolute path out of the folder", outside(absolute=True), "refused",
      f"{FILE}: .*lies outside"),
+    ("../ out of the folder by another way", above_both, "left out", (1, 0)),
     ("backslashes of Windows", backslashes, "served", None),
     ("a name that is not UTF-8", odd_name, "left out", (1, 0)),
     ("torn metadata.jsonl", metadata('{"file_na'), "refused", "metadata.jsonl"),
