@@ -330,6 +330,11 @@ def test_without_an_area_that_of_the_box_is_taken(tmp_path):
     assert areas == {n: [77.5 if n == 1 else 20 * 18.25] for n in ALL}
 
 
+def test_in_metadata_jsonl_the_area_is_that_of_the_box_too(tmp_path):
+    areas = [t["area"].tolist() for _, t in own_stream(metadata()(tmp_path / "data"))]
+    assert areas == [[20 * 18.25]] * 12
+
+
 def test_without_a_size_that_of_the_picture_is_taken(tmp_path):
     def change(coco):
         for image in coco["images"][:6]:
