@@ -716,7 +716,7 @@ class ResNet50(nn.Module):
         if self.training and self.frozen and not self.has_weights:
             what = "training with frozen stages of random weights"
             warnings.warn(f"{what}: load weights or freeze nothing", stacklevel=3)
-            self.has_weights = True  # say it once
+            self.has_weights = True  # once
 
 
 def _stage(in_ch: int, inner: int, depth: int, stride: int, norm: Norm) -> nn.Sequential:
@@ -1897,8 +1897,7 @@ def load_checkpoint(path: str | Path, model: FasterRCNN | None = None) -> tuple[
         if name not in MODELS:
             known = sorted(MODELS)
             raise ValueError(f"{path} holds a model called {name!r}; known are {known}")
-        outputs = weights.get("predictor.cls.bias", ())
-        model = MODELS[name](len(outputs)).to(DEVICE)
+        model = MODELS[name](len(weights.get("predictor.cls.bias", ()))).to(DEVICE)
         model.classes = classes
     check_classes(model.classes, classes, "the model", f"{path}")
     load_weights(model, weights, f"{path} ({name})")
@@ -1936,11 +1935,12 @@ def check_classes(mine: Classes | None, theirs: Classes | None, whose: str, othe
     """
     if None in (mine, theirs) or mine == theirs:
         return
-    sides = {whose: (mine, theirs), others: (theirs, mine)}
+    kinds = [list(zip(*classes, strict=True))[1:] for classes in (mine, theirs)]
     only = []
-    for side, (these, those) in sides.items():
-        pairs = [f"{name} ({i})" for name, i in zip(*these) if (name, i) not in zip(*those)]
-        only.append(f"only in {side}: {', '.join(pairs[:5]) or 'none'}{', …' * (len(pairs) > 5)}")
+    for side, these, those in ((whose, *kinds), (others, *kinds[::-1])):
+        extra = [f"{name} ({i})" for name, i in these if (name, i) not in those]
+        more = ", …" if len(extra) > 5 else ""
+        only.append(f"only in {side}: {', '.join(extra[:5]) or 'none'}{more}")
     raise ValueError(f"the classes differ, {'; '.join(only)}")
 
 
@@ -2119,9 +2119,12 @@ def _check_images(ids: Sequence[int], coco: COCO, annotations: str | Path | None
 # 10. Drawing
 # --------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours without their black: apart also for colour-blind readers.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_LIGHT = 1.4  # red + green + blue of 0..1 from which black letters read better than white ones
+# Okabe and Ito's colours without their black, apart also for colour-blind readers; then others, so
+# that the eight glyphs have eight colours.
+PALETTE = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#00FFFF",
+    "#88FF88", "#882255", "#999933", "#DDDDDD", "#FF00FF", "#6633FF", "#CCBB88",
+)  # fmt: skip
 
 
 def draw_boxes(
@@ -2198,7 +2201,8 @@ def _write(ax: Axes, text: str, edges: tuple, shade: str, fontsize: float) -> No
     low = y1 < top + (bottom - top) / 10
     far_right = x1 > (left + right) / 2
     place = {"va": "top" if low else "bottom", "ha": "right" if far_right else "left"}
-    ink = "black" if sum(colors.to_rgb(shade)) > _LIGHT else "white"
+    light = np.dot(np.power(colors.to_rgb(shade), 2.2), (0.2126, 0.7152, 0.0722))  # WCAG 2.1
+    ink = "black" if light > 0.18 else "white"  # whichever stands out more, at least 4.5 : 1
     ground = {"facecolor": shade, "edgecolor": "none", "pad": 1.0}
     x = x2 if far_right else x1
     ax.text(x, y1, text, fontsize=fontsize, color=ink, bbox=ground, **place)
@@ -2293,18 +2297,17 @@ def open_source(source: str, split: str, val_share: float = 0.2) -> tuple:
     else:
         known = f"neither 'glyphs', a folder, nor like '{HUB_SOURCE}'"
         raise ValueError(f"unknown source {source!r}: {known}")
-    classes = _classes_of(stream.features, source)
+    kinds = _classes_of(stream.features, source)
     stream = stream.cast_column("image", datasets.Image(decode=False))
-    return stream, classes, images
+    return stream, kinds, images
 
 
 def _open_hub(source: str, split: str) -> datasets.IterableDataset:
     if source == HUB_SOURCE:
         return datasets.load_dataset(source, split=split, streaming=True)
-    try:
-        names = datasets.get_dataset_split_names(source)
-    except OSError as error:
-        raise ValueError(f"unknown source {source!r}: {first_line(error)}") from error
+    if not _hub_answers(source):
+        raise ValueError(f"unknown source {source!r}: no folder, and the Hub does not answer to it")
+    names = datasets.get_dataset_split_names(source)
     name = next((name for name in sources.SPLITS[split] if name in names), None)
     if name is None:
         raise ValueError(f"{source} has no split for {split!r}; it has {names}")
@@ -2335,7 +2338,8 @@ def _classes_of(features: datasets.Features | None, source: str) -> Classes:
     """The names in a stream's columns; without names, of COCO's own columns, COCO's."""
     objects = (features or {}).get("objects")
     fields = objects if isinstance(objects, dict) else {}
-    missing = sorted(_COLUMNS - set(features or ())) or sorted(_OBJECT_FIELDS - fields.keys())
+    missing = sorted(_COLUMNS - set(features or ()))
+    missing = missing or [f"objects.{name}" for name in sorted(_OBJECT_FIELDS - fields.keys())]
     if missing:
         raise ValueError(f"{source} lacks the columns {missing}; it has {sorted(features or ())}")
     category = fields["category"]
@@ -2354,12 +2358,12 @@ def hub_or_glyphs() -> str:
     return "glyphs"
 
 
-def _hub_answers() -> bool:
-    """Whether the Hub tells about its COCO; the library alone would retry for 24 s, noisily."""
+def _hub_answers(source: str = HUB_SOURCE) -> bool:
+    """Whether the Hub tells about a data set; the library alone would retry for 24 s, noisily."""
     if datasets.config.HF_HUB_OFFLINE:
         return False
     ask = huggingface_hub.HfApi().dataset_info
-    return succeeds_within(lambda: ask(HUB_SOURCE, timeout=NETWORK_TIMEOUT))
+    return succeeds_within(lambda: ask(source, timeout=NETWORK_TIMEOUT))
 
 
 def succeeds_within(call: Callable[[], object], seconds: float = NETWORK_TIMEOUT) -> bool:
@@ -2842,8 +2846,7 @@ TRAIN_DEFAULTS = {
     "coco": {"image_size": (800, 1333), "batch": 2, "images": 12 * COCO_TRAIN_IMAGES, "epochs": 12},
 }
 RECIPES = {"tiny": one_cycle, "full": step_decay, "coco": step_decay}
-_SHUFFLE_BUFFER = 1000  # rows
-_FLIP = 0.5  # share of mirrored images
+_SHUFFLE_BUFFER, _FLIP = 1000, 0.5  # rows; share of mirrored images
 _DRAWN = 6  # validation pictures
 
 
@@ -2878,22 +2881,20 @@ def _train_command(args: Namespace) -> dict:
     batch = args.batch or default["batch"]
     size = args.image_size or default["image_size"]
     if args.model == "coco" and args.image_size:
-        shortest, longest = default["image_size"]
-        size = (size, size * longest // shortest)
+        short, longest = default["image_size"]
+        size = (size, size * longest // short)
     options = {"source": args.source, "image_size": size, "val_share": args.val_share}
     dataset = COCOStreamDataset("train", args.max_samples, seed=args.seed, **options)
     options["source"] = dataset.source
     # Scenes are independent of each other, and a chosen few keep their order.
     if dataset.source != "glyphs" and args.max_samples is None:
-        dataset.shuffle_buffer = _SHUFFLE_BUFFER
-        dataset.flip = _FLIP
+        dataset.shuffle_buffer, dataset.flip = _SHUFFLE_BUFFER, _FLIP
     model, weights = _model_to_train(args, dataset.classes)
     steps = _planned_steps(args, dataset, batch * world)
     workers = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
     loader = DataLoader(dataset, batch, collate_fn=frcnn_collate_fn, **workers)
     run = {name: getattr(args, name) for name in ("model", "max_samples", "seed", "workers")}
-    started = time.perf_counter()
-    done = []
+    started, done = time.perf_counter(), []
     history = train(
         model,
         loader,
@@ -3025,7 +3026,7 @@ def _load_for_use(path: Path) -> tuple[FasterRCNN, ImageSize, dict]:
     if model.classes is None:
         raise ValueError(f"{path} does not say what its classes are called: it was never trained")
     run = state.get("run", {})
-    return model, run.get("image_size", TRAIN_DEFAULTS[model.name]["image_size"]), run
+    return model, run.get("image_size") or TRAIN_DEFAULTS[model.name]["image_size"], run
 
 
 def _find_pictures(paths: Sequence[Path]) -> list[Path]:

@@ -23,6 +23,7 @@ from conftest import GOOD, row, write
 from torch.utils.data import DataLoader
 
 import frcnn_common as frcnn
+import frcnn_sources
 
 # --- helpers --------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ def glyph_shards(tmp_path_factory):
         ("train-00002", 80, 10),
         ("val-00000", 100, 4),
     ):
-        rows = [frcnn.render_glyph_scene(seed, 64) for seed in range(first, first + count)]
+        rows = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(first, first + count)]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
     return folder
 
@@ -135,7 +136,10 @@ def test_the_count_is_shown_at_the_end(mixed, tmp_path, capsys):
     assert frcnn.main(f"train --model tiny --image-size 64 --batch 3 --steps 3 {line}".split()) == 0
     out = capsys.readouterr().out.splitlines()
     assert json.loads(out[-1])["steps"] == 3
-    assert out[-2].startswith(f"{mixed}: left out so far: rows 3 (each named in a warning), boxes ")
+    (told_in_training,) = (text for text in out if "left out" in text)
+    assert told_in_training.startswith(
+        f"{mixed}: left out so far: rows 3 (each named in a warning), boxes "
+    )
     assert frcnn.main(f"evaluate {line}".split()) == 0
     *before, shown, result = capsys.readouterr().out.splitlines()
     assert (shown, json.loads(result)["AP"] >= 0) == (told, True)
@@ -328,7 +332,7 @@ BAD = {
     "no size": ("train --model tiny --image-size 0 --checkpoint {files}/whole.pt", "--image-size"),
     "no such weights": (
         "train {tiny} --source glyphs --weights imagent --checkpoint {files}/new.pt",
-        "neither none, imagenet, coco nor a file",
+        "neither none, imagenet, coco, glyphs nor a file",
     ),
     "weights of another model": (
         "train --model full --source glyphs --weights {files}/whole.pt --checkpoint {files}/new.pt",
@@ -389,7 +393,7 @@ BAD = {
     ),
     "empty folder": (
         "train {tiny} --source {files}/empty --checkpoint {files}/whole.pt",
-        "train-*.parquet",
+        "no *.parquet, no COCO annotations",
     ),
     "half a shard": (
         "train {tiny} --source {files}/half --checkpoint {files}/whole.pt",
@@ -539,6 +543,10 @@ GRACE_HOPPER = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.
 
 class Quarter(torch.nn.Module):
     """Finds one cat: the upper left quarter of the image without its padding."""
+
+    SCORE_THR = 0.05
+    name = "tiny"
+    classes = frcnn.COCO_CLASSES
 
     def __init__(self) -> None:
         super().__init__()
@@ -752,7 +760,7 @@ def torn_shard(said, capsys, monkeypatch):
 
 
 def box_without_a_class(said, capsys, monkeypatch):
-    scene = frcnn.render_glyph_scene(0, 64)
+    scene = frcnn_sources.render_glyph_scene(0, 64)
     scene["objects"]["category"][0] = 80
     Path("photos").mkdir()
     datasets.Dataset.from_list([scene]).to_parquet("photos/train-00000.parquet")
@@ -762,7 +770,7 @@ def box_without_a_class(said, capsys, monkeypatch):
 
 
 def neither_format(said, capsys, monkeypatch):
-    scenes = [frcnn.render_glyph_scene(seed, 64) for seed in range(4)]
+    scenes = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(4)]
     for scene in scenes:
         scene["objects"]["bbox"] = [[500.0, 500.0, 1.0, 900.0]] * len(scene["objects"]["bbox"])
     Path("photos").mkdir()
@@ -771,7 +779,7 @@ def neither_format(said, capsys, monkeypatch):
 
 
 def counted_from_1(said, capsys, monkeypatch):
-    scenes = [frcnn.render_glyph_scene(seed, 64) for seed in range(4)]
+    scenes = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(4)]
     for scene in scenes:
         scene["objects"]["category"] = [1] * len(scene["objects"]["category"])
     Path("photos").mkdir()

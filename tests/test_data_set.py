@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import frcnn_common as frcnn
+import frcnn_sources
 
 # --- samples --------------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ def shards(tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize(("workers", "buffer", "max_samples"), SCENES)
 def test_every_scene_comes_once(monkeypatch, workers, buffer, max_samples):
-    monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": 11, "val": 3})
+    monkeypatch.setattr(frcnn_sources, "GLYPH_SCENES", {"train": 11, "val": 3})
     seen = image_ids(
         stream("glyphs", image_size=32, shuffle_buffer=buffer, max_samples=max_samples), workers
     )
@@ -315,7 +316,7 @@ def test_resume_counts_rows_that_gave_no_sample(tmp_path):
 
 @pytest.mark.parametrize("source", ["glyphs", 1, 4])
 def test_shuffle_follows_from_seed_and_epoch(monkeypatch, shards, source):
-    monkeypatch.setattr(frcnn, "GLYPH_SCENES", {"train": ROWS, "val": 3})
+    monkeypatch.setattr(frcnn_sources, "GLYPH_SCENES", {"train": ROWS, "val": 3})
 
     def order(seed, epoch):
         dataset = stream(shards.get(source, source), shuffle_buffer=8, seed=seed)
@@ -407,7 +408,7 @@ def two_shards(tmp_path_factory):
     """12 scenes in two shards."""
     folder = tmp_path_factory.mktemp("shards")
     for i in range(2):
-        rows = [frcnn.render_glyph_scene(seed, 64) for seed in range(6 * i, 6 * i + 6)]
+        rows = [frcnn_sources.render_glyph_scene(seed, 64) for seed in range(6 * i, 6 * i + 6)]
         datasets.Dataset.from_list(rows).to_parquet(folder / f"train-0000{i}-of-00002.parquet")
     return folder
 

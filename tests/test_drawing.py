@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 import frcnn_common as frcnn
 import frcnn_lesson
+import frcnn_sources
 
 BOXES = [[10.0, 20.0, 40.0, 60.0], [50.0, 30.0, 90.0, 95.0]]
 
@@ -178,6 +179,37 @@ def test_palette_colours_are_distinct():
     apart = np.abs(colours[:, None] - colours).max(-1) + np.eye(len(colours))
     assert len(colours) >= 6
     assert apart.min() > 0.2
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2.1 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_every_label_can_be_read(ax):
+    for label in range(len(frcnn.PALETTE)):
+        frcnn.draw_boxes(ax, None, BOXES[:1], [label])
+        text = ax.texts[-1]
+        lights = luminance(text.get_color()), luminance(text.get_bbox_patch().get_facecolor())
+        assert (max(lights) + 0.05) / (min(lights) + 0.05) >= 4.5
+
+
+def test_the_glyphs_have_eight_colours():
+    labels = [frcnn.COCO_NAMES.index(name) for name in frcnn_sources.GLYPHS.values()]
+    assert len({frcnn.PALETTE[label % len(frcnn.PALETTE)] for label in labels}) == 8
+    colours = frcnn.class_colors(labels)
+    assert all(colours[label] == frcnn.PALETTE[label % len(frcnn.PALETTE)] for label in labels)
+
+
+def test_classes_of_one_picture_have_different_colours(ax):
+    many = len(frcnn.PALETTE)
+    colours = frcnn.class_colors([3, 3 + many, 3 + 2 * many, None, 4])
+    assert len({colours[label] for label in (3, 3 + many, 3 + 2 * many, 4)}) == 4
+    assert colours[3] == frcnn.PALETTE[3]
+    frcnn.draw_boxes(ax, picture(), BOXES, [3, 3 + many])
+    assert len({to_hex(patch.get_edgecolor()) for patch in ax.patches}) == 2
+    assert len(frcnn.class_colors(range(1, 81))) == 81  # more classes than colours: some share
 
 
 def test_each_class_has_its_colour(ax):

@@ -276,7 +276,7 @@ def test_no_objects_at_all_give_minus_1():
 
 
 def test_data_set_without_images_is_refused(monkeypatch):
-    monkeypatch.setattr(frcnn, "steady_rows", lambda stream, source: iter([]))
+    monkeypatch.setattr(frcnn, "rows_of", lambda stream, source: iter([]))
     with pytest.raises(ValueError, match="glyphs gives not one image"):
         frcnn.evaluate(Replay([]), make_dataset("glyphs"))
 

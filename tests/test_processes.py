@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import frcnn_common as frcnn
+import frcnn_sources
 
 TRAIN = ["train", "--model", "tiny", "--source", "glyphs", "--image-size", "64"]
 LONG = [*TRAIN, "--steps", "30", "--batch", "4"]
@@ -32,14 +33,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is of Unix
 
 def train_noting_scenes(folder: Path) -> int:
     """The long run, with a note of every scene that is drawn."""
-    render, notes = frcnn.render_glyph_scene, folder / f"seen.{os.environ['RANK']}"
+    render, notes = frcnn_sources.render_glyph_scene, folder / f"seen.{os.environ['RANK']}"
 
     def noted(seed: int, size: int) -> dict:
         with notes.open("a") as file:
             file.write(f"{seed} ")
         return render(seed, size)
 
-    frcnn.render_glyph_scene = noted
+    frcnn_sources.render_glyph_scene = noted
     return frcnn.main([*LONG, "--checkpoint", str(folder / "two.pt")])
 
 
@@ -177,9 +178,13 @@ def history(path: Path) -> dict[str, list]:
 # --- training -------------------------------------------------------------------------------------
 
 
+DRAWN = "truth in white, detections above 0.5"
+
+
 def test_one_line_reports_the_run(ran):
     assert codes(ran, "two") == [0, 0], said(ran, "two", "err")
-    (line,) = said(ran, "two", "out").splitlines()
+    *others, line = said(ran, "two", "out").splitlines()
+    assert others == [f"{ran / 'two_val'}: validation pictures, {DRAWN}"]
     result = json.loads(line)
     assert result["steps"] == 30
     assert result["images_per_second"] * result["seconds"] == pytest.approx(240)
