@@ -774,10 +774,6 @@ def test_cocos_detector_starts_one_of_other_classes(torchvision_file, capsys):
     assert set(found["labels"].tolist()) <= {1, 2, 3}
 
 
-needs_tiny = pytest.mark.skipif(not frcnn.TINY_DETECTOR.exists(), reason="needs tiny_detector.pt")
-
-
-@needs_tiny
 def test_the_shipped_detector_starts_one_of_other_classes():
     shipped = frcnn.load_checkpoint(frcnn.TINY_DETECTOR)[0].cpu()
     model = tiny(CLASSES)
@@ -787,7 +783,6 @@ def test_the_shipped_detector_starts_one_of_other_classes():
     assert_same(model.predictor.state_dict(), predictor)
 
 
-@needs_tiny
 def test_of_the_same_classes_the_predictor_comes_along(capsys):
     shipped = frcnn.load_checkpoint(frcnn.TINY_DETECTOR)[0].cpu()
     model = started_from(frcnn.TINY_DETECTOR, frcnn.tiny_faster_rcnn())
@@ -867,7 +862,6 @@ def started(monkeypatch):
     return calls
 
 
-@needs_tiny
 def test_without_weights_the_tiny_model_starts_from_the_glyph_detector(
     call, started, small, tmp_path
 ):
@@ -929,6 +923,7 @@ def test_epochs_of_a_data_set_of_unknown_size_are_refused(call, tmp_path, monkey
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda source: ["train", "test"])
+    monkeypatch.setattr(frcnn, "_hub_answers", lambda source: True)
     line = f"{TRAIN_TINY} --source someone/tools --checkpoint {tmp_path}/c.pt"
     code, _, err = call(f"{line} --epochs 2")
     assert code == 2
@@ -963,7 +958,6 @@ def test_fewer_validation_pictures_or_none_are_no_error(call, small, tmp_path):
     assert "no validation pictures drawn" in out
 
 
-@needs_tiny
 def test_a_fine_tuned_run_resumes_to_the_same_end(call, small, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     line = f"{TRAIN_TINY} --source {small} --steps 6 --save-every 2 --checkpoint {tmp_path}"
@@ -1080,7 +1074,6 @@ def shapes(folder: Path, count: int = 60, size: tuple[int, int] = (200, 150)) ->
 
 
 @pytest.mark.slow
-@needs_tiny
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sixty_pictures_are_learnt(seed, call, tmp_path):
     folder, checkpoint = shapes(tmp_path / "in"), tmp_path / "own.pt"
