@@ -103,13 +103,14 @@ def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
         splits = datasets.load_dataset("imagefolder", data_dir=place, streaming=True)
         encoded = datasets.Image(decode=False)
         rows = {name: list(rows.cast_column("image", encoded)) for name, rows in splits.items()}
-        for row in itertools.chain(*rows.values()):
-            row["objects"] = row["objects"] or {}  # null where nothing is to be seen
-        objects = [row["objects"] for row in itertools.chain(*rows.values())]
-        for columns in objects:  # both names are in use
+        lines = list(itertools.chain(*rows.values()))
+        for line in lines:
+            columns = line["objects"] or {}  # null where nothing is to be seen
+            # Both names are in use.
             columns["category"] = columns.pop("categories", None) or columns.get("category", [])
+            line["objects"] = columns
         # A category is a number, or a name, which gets one.
-        found = enumerate(sorted({c for columns in objects for c in columns["category"]}))
+        found = enumerate(sorted({c for line in lines for c in line["objects"]["category"]}))
         ids = {c: c if isinstance(c, int) else number for number, c in found}
         parts = {}
         for split, names in SPLITS.items():
@@ -194,7 +195,7 @@ def _path_of(name: str, folder: Path, file: Path) -> str:
     """Where a picture lies: beside the annotations, or where labelling tools put it."""
     # Windows writes backslashes. Half a letter, of a name that is not UTF-8, is spelt out: no
     # picture is found, and the data set names the one that it leaves out.
-    name = name.replace("\\", "/").encode(errors="backslashreplace").decode()
+    name = os.fspath(name).replace("\\", "/").encode(errors="backslashreplace").decode()
     part = file.stem.removeprefix("instances_")
     places = (file.parent, folder, folder / "images", folder / part, folder / "images" / part)
     paths = [Path(os.path.normpath(place / name)) for place in places]

@@ -1271,6 +1271,8 @@ BAD_FOLDERS = [
     ("a picture of another size", picture(SMALL), "left out", (1, 0)),
     ("an image without file_name", entry("images", drop="file_name"), "refused",
      f"{FILE}: image 5: .* lacks 'file_name'"),
+    ("a file_name that is a number", entry("images", file_name=5), "refused",
+     f"{FILE}: image 5: .*not int"),
     ("an image without width", entry("images", drop="width"), "left out", (1, 0)),
     ("a width that is a number in text", entry("images", width="32"), "served", None),
     ("a width that is text", entry("images", width="wide"), "refused", f"{FILE}: image 5: .*wide"),
