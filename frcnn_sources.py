@@ -2,7 +2,7 @@
 
 `frcnn_common.open_source` opens both, `frcnn_common.read_row` reads what they give. A row has the
 columns of the Hub's COCO: ``image_id``, ``image``, ``width``, ``height`` and ``objects`` with
-``category`` (from 0 on), ``bbox`` and ``area``.
+``category`` (from 0 on), ``bbox`` and ``area``; ``bbox`` holds corners.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import glob
 import hashlib
 import io
 import itertools
+import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,8 +63,11 @@ def own_rows(folder: Path, split: str, val_share: float) -> tuple[list[dict], tu
     parts = _coco_parts(folder) or _image_folder_parts(folder)
     opened = {part: _rows_of(coco, folder, file) for part, (coco, file) in parts.items()}
     (_, *classes), *others = opened.values()
-    if any(theirs != classes for _, *theirs in others):
-        raise ValueError(f"{folder}: the categories of its annotation files differ")
+    for _, *theirs in others:
+        only_one = sorted({*zip(*theirs)} ^ {*zip(*classes)})
+        if only_one:
+            what = f"the categories of its annotation files differ, such as {only_one[0]}"
+            raise ValueError(f"{folder}: {what}")
     if "val" in opened:
         rows = opened.get(split, ([],))[0]
     else:
@@ -88,26 +94,30 @@ def _coco_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
 
 def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
     """What `datasets` reads from ``metadata.jsonl`` (.csv, .parquet), as if COCO had written it."""
-    origin = folder / "metadata.jsonl"
-    if not any(folder.rglob("metadata.*")):
+    origin = min(folder.rglob("metadata.*"), default=None)
+    if origin is None:
         wanted = "no *.parquet, no COCO annotations such as annotations.json, no metadata.jsonl"
         raise FileNotFoundError(f"{folder} holds {wanted}")
     try:
-        splits = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=True)
+        place = glob.escape(str(folder))  # a folder may be called "a*"
+        splits = datasets.load_dataset("imagefolder", data_dir=place, streaming=True)
         encoded = datasets.Image(decode=False)
         rows = {name: list(rows.cast_column("image", encoded)) for name, rows in splits.items()}
-        objects = [row["objects"] for row in itertools.chain(*rows.values())]
-        for columns in objects:  # both names are in use
+        lines = list(itertools.chain(*rows.values()))
+        for line in lines:
+            columns = line["objects"] or {}  # null where nothing is to be seen
+            # Both names are in use.
             columns["category"] = columns.pop("categories", None) or columns.get("category", [])
+            line["objects"] = columns
         # A category is a number, or a name, which gets one.
-        found = enumerate(sorted({c for columns in objects for c in columns["category"]}))
+        found = enumerate(sorted({c for line in lines for c in line["objects"]["category"]}))
         ids = {c: c if isinstance(c, int) else number for number, c in found}
         parts = {}
         for split, names in SPLITS.items():
             for name in [name for name in names if name in rows][:1]:
                 parts[split] = _as_coco(rows[name], ids), origin
     except Exception as error:  # of whatever kind
-        raise ValueError(f"{origin} cannot be used: {first_line(error)}") from error
+        raise ValueError(f"{origin} cannot be used: {_reason(error)}") from error
     return parts
 
 
@@ -126,56 +136,71 @@ def _as_coco(rows: list[dict], ids: dict) -> COCO:
 
 def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, tuple]:
     """Rows of COCO's annotations, with names and ids of their categories."""
-    rows = []
+    rows, where = [], f"{file}"
     try:
         _check(coco)
         ids = sorted(coco.cats)
         names = [str(coco.cats[i]["name"]) for i in ids]
         for image in coco.dataset["images"]:
+            where = f"{file}: image {image['id']}"
             objects = coco.imgToAnns[image["id"]]
             columns = {
                 "category": [ids.index(a["category_id"]) for a in objects],
-                "bbox": [[float(v) for v in a["bbox"]] for a in objects],
+                "bbox": [_corners(a) for a in objects],
                 "area": [float(a.get("area") or 0) for a in objects],
                 "iscrowd": [int(a.get("iscrowd") or 0) for a in objects],
             }
             row = {"image_id": image["id"], "objects": columns}
-            row |= {side: image.get(side) for side in ("width", "height")}
+            row |= {side: image.get(side) and int(image[side]) for side in ("width", "height")}
             rows.append(row | {"image": _path_of(image["file_name"], folder, file)})
-    except (LookupError, TypeError, ValueError) as error:
-        lacks = "an entry lacks " if isinstance(error, KeyError) else ""
-        raise ValueError(f"{file}: {lacks}{first_line(error)}") from error
+    except (LookupError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {_reason(error)}") from error
     if rows and not any(Path(row["image"]).is_file() for row in rows):
         such_as = f"{len(rows)} pictures is there, such as {rows[0]['image']}"
         raise FileNotFoundError(f"{file}: not one of its {such_as}")
     return rows, ("__background__", *names), (0, *ids)
 
 
+def _corners(annotation: dict) -> list[float]:
+    """A box as corners, which cannot be mistaken for corner and size; NaN where there is none.
+
+    One such box is no reason to refuse a folder: the data set leaves it out, and says so.
+    """
+    try:
+        x, y, width, height = map(float, annotation["bbox"])
+    except (LookupError, OverflowError, TypeError, ValueError):
+        return [math.nan] * 4
+    is_box = 0 < width < math.inf and 0 < height < math.inf
+    return [x, y, x + width, y + height] if is_box else [math.nan] * 4
+
+
 def _check(coco: COCO) -> None:
     """Refuse what can only be a mistake in the whole file."""
     for name in ("images", "annotations", "categories"):
         numbers = [entry["id"] for entry in coco.dataset.get(name, [])]
-        odd = doubled(numbers) or [i for i in numbers if not isinstance(i, int)]
+        odd = doubled(numbers)
+        odd += [i for i in numbers if not isinstance(i, int) or abs(i) >= 2**63]
         if odd:
             raise ValueError(f"ids of {name} are whole numbers, each its own; got {odd[0]!r}")
-    twice = doubled([image["file_name"] for image in coco.dataset["images"]])
+    twice = doubled([i["file_name"] for i in coco.dataset["images"] if "file_name" in i])
     if twice:
         raise ValueError(f"the file {twice[0]!r} belongs to two images")
     for a in coco.dataset.get("annotations", []):
         for name, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
-            if a[name] not in known:
-                raise ValueError(f"annotation {a['id']} has the unknown {name} {a[name]!r}")
+            if a.get(name) not in known:
+                raise ValueError(f"annotation {a['id']} has the unknown {name} {a.get(name)!r}")
 
 
 def _path_of(name: str, folder: Path, file: Path) -> str:
     """Where a picture lies: beside the annotations, or where labelling tools put it."""
+    # Windows writes backslashes. Half a letter, of a name that is not UTF-8, is spelt out: no
+    # picture is found, and the data set names the one that it leaves out.
+    name = os.fspath(name).replace("\\", "/").encode(errors="backslashreplace").decode()
     part = file.stem.removeprefix("instances_")
     places = (file.parent, folder, folder / "images", folder / part, folder / "images" / part)
     paths = [Path(os.path.normpath(place / name)) for place in places]
     if not paths[0].is_relative_to(folder):
         raise ValueError(f"the picture {name!r} lies outside of the folder")
-    if name != name.encode(errors="replace").decode():
-        raise ValueError(f"the name {name!r} is not UTF-8: rename the picture")
     inside = (path for path in paths if path.is_relative_to(folder) and path.is_file())
     return str(next(inside, paths[0]))
 
@@ -183,13 +208,20 @@ def _path_of(name: str, folder: Path, file: Path) -> str:
 def read_annotations(path: str | Path) -> COCO:
     """COCO's annotation file, indexed by pycocotools; what is none is refused in one line."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports every stage
-            coco = COCO(str(path))
-        if not {"images", "categories"} <= coco.dataset.keys():
-            raise LookupError("it holds no images or no categories")
+        dataset = json.loads(Path(path).read_bytes())  # in any UTF, with a mark or without
+        sound = isinstance(dataset, dict) and dataset.get("images") and dataset.get("categories")
+        if not sound:
+            raise ValueError("it holds no images or no categories")
+        coco = indexed(dataset)
+        # Tools leave out what pycocotools asks for.
+        for annotation in dataset.get("annotations", []):
+            x1, y1, x2, y2 = _corners(annotation)
+            area = float(np.nan_to_num((x2 - x1) * (y2 - y1)))
+            annotation["area"] = annotation.get("area") or area
+            annotation["iscrowd"] = annotation.get("iscrowd") or 0
         return coco
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no COCO annotation file: {error}") from error
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no COCO annotation file: {_reason(error)}") from error
 
 
 def indexed(dataset: dict) -> COCO:
@@ -204,6 +236,11 @@ def indexed(dataset: dict) -> COCO:
 def doubled(values: Sequence) -> list:
     """Those that come more than once."""
     return [value for value, count in collections.Counter(values).items() if count > 1]
+
+
+def _reason(error: Exception) -> str:
+    """The same as `first_line`, in words where it is but the name of what is missing."""
+    return ("an entry lacks " if isinstance(error, KeyError) else "") + first_line(error)
 
 
 def first_line(error: Exception) -> str:
