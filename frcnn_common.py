@@ -700,10 +700,11 @@ class ResNet50(nn.Module):
         return (self.stem, self.layer1, self.layer2, self.layer3, self.layer4)
 
     def freeze(self, stages: int) -> None:
-        """From now on so many of `stages` do not learn."""
+        """From now on the first so many of `stages` do not learn, and the others do."""
         self.frozen = self.stages()[:stages]
-        for stage in self.frozen:
-            stage.requires_grad_(False).eval()
+        for stage in self.stages():
+            stage.requires_grad_(stage not in self.frozen)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> ResNet50:
         """As in `nn.Module`, but frozen stages stay in eval mode: their statistics stand still."""
@@ -803,8 +804,8 @@ class FPN(nn.Module):
         merged = [laterals[-1]]
         for lateral in laterals[-2::-1]:
             # To the very size of the finer map: with odd sizes a factor of 2 does not add up.
-            from_above = F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest")
-            merged.insert(0, lateral + from_above)
+            above = F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest")
+            merged.insert(0, lateral + above)
         pyramid = [conv(level) for conv, level in zip(self.output, merged, strict=True)]
         p6 = F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)  # every second cell of P5
         return [*pyramid, p6]
@@ -1207,7 +1208,7 @@ class ROIAlign(nn.Module):
         # One table of feature vectors, and the row of it where the map of each box begins.
         table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in fmaps])  # [ΣBHW, C]
         grids = torch.tensor([[f.shape[3], f.shape[2]] for f in fmaps], device=device)  # [L, 2]
-        cells = grids.prod(1)  # [L] of one image
+        cells = grids.prod(1)  # [L] an image
         first_of_level = (cells * len(fmaps[0])).cumsum(0) - cells * len(fmaps[0])  # [L]
         first = first_of_level[level] + image_of_box(proposals) * cells[level]  # [R]
 
@@ -2227,7 +2228,8 @@ def picture_with_detections(
 
     Detections below ``min_score`` are left out.
     """
-    shortest, longest = 400, 1600  # pixels of the long side
+    shortest = 400  # pixels of the long side
+    longest = 1600
     dpi, least = 100, 32
     scale = min(max(max(picture.size), shortest), longest) / max(picture.size)
     width, height = (max(least, round(side * scale)) for side in picture.size)
@@ -2908,7 +2910,8 @@ def _train_command(args: Namespace) -> dict:
         after_step=lambda step, history: done.append(step),
     )
     seconds = time.perf_counter() - started
-    _draw_validation(model, args.checkpoint, options | {"bbox_format": dataset.bbox_format})
+    if process_rank()[0] == 0:
+        _draw_validation(model, args.checkpoint, options | {"bbox_format": dataset.bbox_format})
     losses = {name: history[name][-1] for name in ("loss", *LOSS_NAMES)}
     rate = len(done) * batch * world / seconds
     return {"steps": steps, "seconds": seconds, "images_per_second": rate, "losses": losses}
@@ -2948,8 +2951,9 @@ def _planned_steps(args: Namespace, dataset: COCOStreamDataset, batch: int) -> i
     default = TRAIN_DEFAULTS[args.model]
     known = dataset.images and min(dataset.images, args.max_samples or dataset.images)
     images = default["images"]
-    if args.epochs and not known:
-        raise ValueError(f"--epochs: how many images {dataset.source} has is unknown; give --steps")
+    if args.epochs and (args.steps or not known):
+        needs = f"a known number of images (of {dataset.source}: {known}) and no --steps"
+        raise ValueError(f"--epochs needs {needs}")
     if args.epochs:
         images = args.epochs * known
     elif known and dataset.source != "glyphs":
@@ -2959,24 +2963,20 @@ def _planned_steps(args: Namespace, dataset: COCOStreamDataset, batch: int) -> i
 
 def _draw_validation(model: FasterRCNN, checkpoint: Path, options: dict) -> None:
     """A few pictures that were not trained on, with truth and detections, beside the checkpoint."""
-    if process_rank()[0] > 0:
-        return
     folder = checkpoint.with_name(f"{checkpoint.stem}_val")
     try:
         dataset = COCOStreamDataset("val", _DRAWN, **options)
-    except (ValueError, OSError) as error:
-        print(f"no validation pictures drawn: {first_line(error)}")
-        return
-    folder.mkdir(exist_ok=True)
-    for number, row in enumerate(rows_of(dataset.rows.take(_DRAWN), dataset.source)):
-        with contextlib.suppress(ValueError, OSError):  # a bad picture
+        folder.mkdir(exist_ok=True)
+        for number, row in enumerate(rows_of(dataset.rows.take(_DRAWN), dataset.source)):
             row = dataset.rendered(row)
             picture, truth = read_row(row, dataset.bbox_format, model.num_classes)
             found = detect(model, picture, dataset.image_size)
             boxes = torch.from_numpy(truth["boxes"])
             figure = picture_with_detections(picture, found, 0.5, model.classes.names, boxes)
             figure.savefig(folder / f"{number}.jpg")
-    print(f"{folder}: validation pictures, truth in white, detections above 0.5")
+        print(f"{folder}: validation pictures, truth in white, detections above 0.5")
+    except Exception as error:  # of whatever kind: the run is done and saved
+        print(f"{folder}: validation pictures end here: {first_line(error)}")
 
 
 def _evaluate_command(args: Namespace) -> dict:

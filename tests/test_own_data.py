@@ -893,7 +893,7 @@ def test_weights_none_starts_from_nothing(call, started, small, tmp_path):
         ("--epochs 2 --batch 3", 10),
         ("--epochs 2 --max-samples 6", 6),
         ("--epochs 2 --val-share 0.5", 10),
-        ("--epochs 2 --steps 7", 7),
+        ("--steps 7", 7),
         ("--batch 8", 380),
         ("--batch 64", 47),
     ],
@@ -928,9 +928,37 @@ def test_epochs_of_a_data_set_of_unknown_size_are_refused(call, tmp_path, monkey
     code, _, err = call(f"{line} --epochs 2")
     assert code == 2
     assert err == [
-        "frcnn_common: error: --epochs: how many images someone/tools has is unknown; give --steps"
+        "frcnn_common: error: --epochs needs a known number of images (of someone/tools: None)"
+        " and no --steps"
     ]
     assert not (tmp_path / "c.pt").exists()
+
+
+def test_epochs_and_steps_together_are_refused(call, small, tmp_path):
+    line = f"{TRAIN_TINY} --source {small} --checkpoint {tmp_path}/c.pt --epochs 2 --steps 7"
+    code, _, err = call(line)
+    assert (code, len(err)) == (2, 1)
+    assert "and no --steps" in err[0]
+
+
+def test_a_picture_that_cannot_be_drawn_spoils_no_finished_run(call, small, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise SyntaxError("a torn PNG")
+
+    monkeypatch.setattr(frcnn, "detect", broken)
+    code, out, _ = call(f"{TRAIN_TINY} --source {small} --checkpoint {tmp_path}/c.pt --steps 1")
+    assert code == 0
+    assert f"{tmp_path}/c_val: validation pictures end here: a torn PNG" in out
+    assert (tmp_path / "c.pt").exists()
+
+
+def test_freeze_can_be_taken_back():
+    backbone = frcnn.ResNet50(width=8).train()
+    backbone.freeze(2)
+    assert not backbone.layer1.training
+    backbone.freeze(0)
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert backbone.layer1.training
 
 
 def test_training_draws_six_validation_pictures(call, tmp_path):
@@ -955,7 +983,7 @@ def test_fewer_validation_pictures_or_none_are_no_error(call, small, tmp_path):
         assert (code, err) == (0, [])
         folder = tmp_path / f"{count}_val"
         assert len(list(folder.iterdir()) if folder.exists() else []) == count
-    assert "no validation pictures drawn" in out
+    assert "validation pictures end here" in out
 
 
 def test_a_fine_tuned_run_resumes_to_the_same_end(call, small, tmp_path, monkeypatch):
