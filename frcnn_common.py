@@ -1940,8 +1940,7 @@ def check_classes(mine: Classes | None, theirs: Classes | None, whose: str, othe
     only = []
     for side, these, those in ((whose, *kinds), (others, *kinds[::-1])):
         extra = [f"{name} ({i})" for name, i in these if (name, i) not in those]
-        more = ", …" if len(extra) > 5 else ""
-        only.append(f"only in {side}: {', '.join(extra[:5]) or 'none'}{more}")
+        only.append(f"only in {side}: {', '.join(extra[:5]) or 'none'}")
     raise ValueError(f"the classes differ, {'; '.join(only)}")
 
 
@@ -2419,8 +2418,10 @@ def read_row(
         Says what is wrong with it.
     """
     size, picture = (row["width"], row["height"]), row["image"]
-    is_file = isinstance(picture, str)  # in a folder of one's own
-    encoded = Path(picture).read_bytes() if is_file else picture and picture["bytes"]
+    # Of a folder of one's own the path.
+    encoded = (
+        Path(picture).read_bytes() if isinstance(picture, str) else picture and picture["bytes"]
+    )
     if not encoded:
         raise ValueError("its row holds no bytes of an image")
     image = decode_image(encoded, None if size == (None, None) else size)
@@ -2526,8 +2527,9 @@ def find_bbox_format(stream: datasets.IterableDataset, source: str, classes: Cla
     if source == "glyphs":
         return "xyxy"
     rows = list(rows_of(stream.take(64), source))  # the decision rests on so many
-    bbox_format = detect_bbox_format(rows)
-    if not any(isinstance(row["image"], str) for row in rows):  # of COCO's own files it is known
+    usual = "xywh" if any(isinstance(row["image"], str) for row in rows) else None  # COCO's files
+    bbox_format = detect_bbox_format(rows, usual)
+    if bbox_format != usual:
         print_once(f"{source}: objects.bbox is {bbox_format}, decided from the first rows")
     categories = set()
     for row in rows:
@@ -2539,13 +2541,13 @@ def find_bbox_format(stream: datasets.IterableDataset, source: str, classes: Cla
     return bbox_format
 
 
-def detect_bbox_format(rows: Targets) -> str:
+def detect_bbox_format(rows: Targets, usual: str | None = None) -> str:
     """Decide whether ``objects.bbox`` holds corners ("xyxy") or corner and size ("xywh").
 
     Corners never have x2 < x1 or y2 < y1, no reading leaves the image, and ``area`` never exceeds
     the box. The reading that breaks these rules least is taken, and it may break them for one box
-    of ten: data sets have bad boxes. Rows that cannot be read are left to the stream, which names
-    them.
+    of ten: data sets have bad boxes. The ``usual`` one, where there is one, is taken as soon as it
+    fits so well. Rows that cannot be read are left to the stream, which names them.
 
     Raises
     ------
@@ -2565,6 +2567,8 @@ def detect_bbox_format(rows: Targets) -> str:
                 outside = (boxes[:, 2:] > size + slack).any(1)  # [K]
                 too_small = area > box_area(boxes) + slack  # [K]
                 broken[name] += int((reversed_ | outside | too_small).sum())
+    if usual and broken[usual] <= tolerated * count:
+        return usual
     best = min(broken, key=broken.get)  # corners where both fit, as on the Hub
     if broken[best] > tolerated * count:
         raise ValueError(
@@ -2744,8 +2748,7 @@ def start_from(
     if classes != model.classes:
         own = model.predictor.state_dict()
         weights = weights | {f"predictor.{name}": value for name, value in own.items()}
-        new = f"new is the predictor, for {model.num_classes - 1} other classes"
-        print_once(f"weights of {origin}: all kept but one layer; {new}")
+        print_once(f"{origin}: kept all but the predictor, new for {model.num_classes - 1} classes")
     load_weights(model, weights, origin)
 
 
@@ -2952,8 +2955,7 @@ def _planned_steps(args: Namespace, dataset: COCOStreamDataset, batch: int) -> i
     known = dataset.images and min(dataset.images, args.max_samples or dataset.images)
     images = default["images"]
     if args.epochs and (args.steps or not known):
-        needs = f"a known number of images (of {dataset.source}: {known}) and no --steps"
-        raise ValueError(f"--epochs needs {needs}")
+        raise ValueError("--epochs needs a source whose size is known, and no --steps")
     if args.epochs:
         images = args.epochs * known
     elif known and dataset.source != "glyphs":
@@ -2968,8 +2970,7 @@ def _draw_validation(model: FasterRCNN, checkpoint: Path, options: dict) -> None
         dataset = COCOStreamDataset("val", _DRAWN, **options)
         folder.mkdir(exist_ok=True)
         for number, row in enumerate(rows_of(dataset.rows.take(_DRAWN), dataset.source)):
-            row = dataset.rendered(row)
-            picture, truth = read_row(row, dataset.bbox_format, model.num_classes)
+            picture, truth = read_row(dataset.rendered(row), dataset.bbox_format, model.num_classes)
             found = detect(model, picture, dataset.image_size)
             boxes = torch.from_numpy(truth["boxes"])
             figure = picture_with_detections(picture, found, 0.5, model.classes.names, boxes)

@@ -146,7 +146,7 @@ def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, t
             objects = coco.imgToAnns[image["id"]]
             columns = {
                 "category": [ids.index(a["category_id"]) for a in objects],
-                "bbox": [_corners(a) for a in objects],
+                "bbox": [_box(a) for a in objects],
                 "area": [float(a.get("area") or 0) for a in objects],
                 "iscrowd": [int(a.get("iscrowd") or 0) for a in objects],
             }
@@ -161,17 +161,16 @@ def _rows_of(coco: COCO, folder: Path, file: Path) -> tuple[list[dict], tuple, t
     return rows, ("__background__", *names), (0, *ids)
 
 
-def _corners(annotation: dict) -> list[float]:
-    """A box as corners, which cannot be mistaken for corner and size; NaN where there is none.
+def _box(annotation: dict) -> list[float]:
+    """Corner and size as they are written; NaN where there are none.
 
     One such box is no reason to refuse a folder: the data set leaves it out, and says so.
     """
     try:
         x, y, width, height = map(float, annotation["bbox"])
+        return [x, y, width, height]
     except (LookupError, OverflowError, TypeError, ValueError):
         return [math.nan] * 4
-    is_box = 0 < width < math.inf and 0 < height < math.inf
-    return [x, y, x + width, y + height] if is_box else [math.nan] * 4
 
 
 def _check(coco: COCO) -> None:
@@ -215,8 +214,8 @@ def read_annotations(path: str | Path) -> COCO:
         coco = indexed(dataset)
         # Tools leave out what pycocotools asks for.
         for annotation in dataset.get("annotations", []):
-            x1, y1, x2, y2 = _corners(annotation)
-            area = float(np.nan_to_num((x2 - x1) * (y2 - y1)))
+            _, _, width, height = _box(annotation)
+            area = max(0.0, float(np.nan_to_num(width * height)))
             annotation["area"] = annotation.get("area") or area
             annotation["iscrowd"] = annotation.get("iscrowd") or 0
         return coco

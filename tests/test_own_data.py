@@ -928,8 +928,7 @@ def test_epochs_of_a_data_set_of_unknown_size_are_refused(call, tmp_path, monkey
     code, _, err = call(f"{line} --epochs 2")
     assert code == 2
     assert err == [
-        "frcnn_common: error: --epochs needs a known number of images (of someone/tools: None)"
-        " and no --steps"
+        "frcnn_common: error: --epochs needs a source whose size is known, and no --steps"
     ]
     assert not (tmp_path / "c.pt").exists()
 
