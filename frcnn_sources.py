@@ -215,8 +215,8 @@ def read_annotations(path: str | Path) -> COCO:
         # Tools leave out what pycocotools asks for.
         for annotation in dataset.get("annotations", []):
             _, _, width, height = _box(annotation)
-            area = max(0.0, float(np.nan_to_num(width * height)))
-            annotation["area"] = annotation.get("area") or area
+            area = width * height
+            annotation["area"] = annotation.get("area") or (area if 0 < area < math.inf else 0)
             annotation["iscrowd"] = annotation.get("iscrowd") or 0
         return coco
     except (LookupError, RecursionError, TypeError, ValueError) as error:

@@ -93,8 +93,16 @@ def prepare_06(world: dict, tmp_path: Path) -> None:
     world["f1_of"] = lambda r, k, n: 2 * r / (k + n)  # right ones, rows taken, objects
 
 
+def prepare_own(world: dict, tmp_path: Path) -> None:
+    solution = next(source for source in cells("own") if "def near_duplicates" in source)
+    exec(solution.split("\n\n\n")[0], world)
+
+
 # --- what students type ---------------------------------------------------------------------------
 
+IDS = "sorted(c['id'] for c in coco['categories'])"
+GREY = "[np.asarray(p.convert('L').resize((8, 8)), float) for p in ps]"
+PAIRS = "for i in range(len(ps)) for j in range(i + 1, len(ps))"
 FPN_SUM = "sum(c * n + n for c in cs) + len(cs) * (9 * n * n + n)"
 EXERCISES = (
     Exercise(
@@ -407,6 +415,74 @@ EXERCISES = (
             "lambda rows, n: None": "no index",
             "lambda rows, n: '0.7'": "no index",
             "0.763": "function",
+        },
+    ),
+    Exercise(
+        "own",
+        1,
+        right=("1067", "1066.67", "torch.tensor(1067)"),
+        wrong={
+            "1422": "too large",  # as if the height were squeezed from 4000
+            "800": "too small",  # as if the width were squeezed from 3000
+            "16": "too small",
+            "640": "too small",
+            "250": "too small",  # 4000 / 16
+            "4000": "too large",
+        },
+    ),
+    Exercise(
+        "own",
+        2,
+        right=(
+            f"lambda coco: [1 + {IDS}.index(r['category_id']) for r in coco['annotations']]",
+            f"lambda coco: torch.tensor([{IDS}.index(r['category_id']) + 1"
+            " for r in coco['annotations']])",
+        ),
+        wrong={
+            f"lambda coco: [{IDS}.index(r['category_id']) for r in coco['annotations']]": "label 0",
+            "lambda coco: [1 + [c['id'] for c in coco['categories']].index(r['category_id'])"
+            " for r in coco['annotations']]": "in which order",
+            "lambda coco: [r['category_id'] for r in coco['annotations']]": "in which order",
+            "lambda coco: [r['category_id'] - 1 for r in coco['annotations']]": "label 0",
+            f"lambda coco: {IDS}": "in which order",
+            "lambda coco: coco['labels']": "it stops",
+        },
+    ),
+    Exercise(
+        "own",
+        3,
+        right=(
+            "lambda b: [b[0] - b[2] / 2, b[1] - b[3] / 2, b[2], b[3]]",
+            "lambda b: (b[0] - b[2] / 2, b[1] - b[3] / 2, *b[2:])",
+        ),
+        wrong={
+            "lambda b: b": "its place is not",
+            "lambda b: [b[0] - b[2], b[1] - b[3], b[2], b[3]]": "its place is not",
+            "lambda b: [b[0] - b[2] / 2, b[1] - b[3] / 2, b[0] + b[2] / 2, b[1] + b[3] / 2]": (
+                "its size is not"  # corners
+            ),
+            "lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]": "its size is not",
+            "lambda b: b[:2]": "four numbers",
+            "lambda b: b[9]": "stops it",
+        },
+    ),
+    Exercise(
+        "own",
+        4,
+        right=(
+            "near_duplicates",
+            f"lambda ps: (lambda g: [(i, j) {PAIRS}"
+            f" if np.abs((g[i] - g[i].mean()) - (g[j] - g[j].mean())).mean() < 4])({GREY})",
+        ),
+        wrong={
+            "lambda ps: []": "not found",
+            f"lambda ps: [(i, j) {PAIRS}]": "too many",
+            f"lambda ps: [(i, j) {PAIRS} if ps[i].tobytes() == ps[j].tobytes()]": "not found",
+            f"lambda ps: [(i, j) {PAIRS} if ps[i].size == ps[j].size]": "too many",
+            "lambda ps: [1, 2]": "pairs of numbers",
+            f"lambda ps: (lambda g: [(i, j) {PAIRS} if np.abs(g[i] - g[j]).mean() < 5])({GREY})": (
+                "not found"  # the brighter one
+            ),
         },
     ),
 )

@@ -446,7 +446,7 @@ def test_the_search_finds_what_ruff_has_no_rule_for():
 def test_every_load_and_every_program_is_a_safe_one():
     """`torch.load` everywhere with weights_only=True, and the others of `UNSAFE` nowhere."""
     assert {path.name for path in PROGRAMS} >= {"frcnn_common.py", "speed.py", "conftest.py"}
-    assert len(NOTEBOOKS) == 7
+    assert len(NOTEBOOKS) == 8
     texts = [(path, source) for path in [*PROGRAMS, *NOTEBOOKS] for source in sources(path)]
     calls = [(path, call) for path, source in texts for call in unsafe_calls(source)]
     in_lessons = [(path.name, call) for path, call in calls if path.parent != ROOT / "tests"]
