@@ -299,7 +299,8 @@ _NMS_BLOCK, _NMS_RIVALS = 256, 512
 
 def _suppresses(winners: Tensor, losers: Tensor, threshold: float) -> Tensor:
     """``[P, Q]``: who overlaps whom too much; the sixth row, where there is one, is the group."""
-    winners, losers = winners[:, :, None], losers[:, None]  # [6, P, 1], [6, 1, Q]
+    winners = winners[:, :, None]  # [6, P, 1]
+    losers = losers[:, None]  # [6, 1, Q]
     low = winners[:2].maximum(losers[:2])  # [2, P, Q]
     sides = torch.minimum(winners[2:4], losers[2:4]).sub_(low).clamp_(min=0)  # [2, P, Q]
     shared = sides[0].mul_(sides[1])  # [P, Q]
@@ -1474,9 +1475,9 @@ class FasterRCNN(nn.Module):
 
         Both are divided by the number of samples; an empty batch gives 0, not the NaN of a mean.
         """
-        positives = labels.nonzero()[:, 0]  # [P]
-        predicted = deltas[positives, labels[positives]]  # [P, 4]
-        box = smooth_l1(predicted, expected[positives])
+        positive = labels.nonzero()[:, 0]  # [P]
+        predicted = deltas[positive, labels[positive]]  # [P, 4]
+        box = smooth_l1(predicted, expected[positive])
         cls = F.cross_entropy(logits, labels, reduction="sum")
         count = max(1, len(labels))
         return {"roi_cls": cls / count, "roi_box": box / count}
@@ -1504,8 +1505,8 @@ class FasterRCNN(nn.Module):
         image = image[big_enough]
 
         # One NMS for all images and classes.
-        groups = image * self.num_classes + label
-        keep = batched_nms(boxes, scores, groups, self.NMS_THR)
+        group = image * self.num_classes + label
+        keep = batched_nms(boxes, scores, group, self.NMS_THR)
         best = [keep[image[keep] == i][: self.MAX_DETS] for i in range(len(proposals))]
         return [{"boxes": boxes[i], "scores": scores[i], "labels": label[i]} for i in best]
 
@@ -1652,10 +1653,10 @@ def train(
     scaler = torch.amp.GradScaler(_device(model).type, enabled=amp == "fp16")
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     run = {"steps": steps, "batch": batch, "amp": amp, "processes": world} | (run or {})
-    history, stream, generators = _begin(path, resume, model, parts, run, loader.dataset)
+    history, stream, rng = _begin(path, resume, model, parts, run, loader.dataset)
 
     replica = over_processes(model.train())
-    batches = _batches(loader, stream, generators)
+    batches = _batches(loader, stream, rng)
     done = len(history["step"])
     options = {"unit": "step", "mininterval": 1.0, "disable": rank > 0}
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, **options)
@@ -2063,7 +2064,7 @@ def coco_evaluation(
         if annotations is None:
             coco = _own_annotations(truth, classes)
         else:
-            coco = sources.read_annotations(annotations)
+            coco = sources.read_annotations(annotations, fill=True)
         _check_images(ids, coco, annotations)
         records = _annotations(found, classes, score=scores)
         # `loadRes` does not take an empty list.
@@ -2944,23 +2945,31 @@ def _model_to_train(args: Namespace, classes: Classes) -> tuple[FasterRCNN, str]
         _, state, theirs, _ = _read_checkpoint(path)
         start_from(model, state, theirs, path)
     else:
-        known = "none, imagenet, coco, glyphs nor a file"
-        raise ValueError(f"--weights {weights}: neither {known}")
+        raise ValueError(f"--weights {weights}: neither none, imagenet, coco, glyphs nor a file")
     return model, weights
 
 
 def _planned_steps(args: Namespace, dataset: COCOStreamDataset, batch: int) -> int:
-    """``--steps``, else from ``--epochs``, else from the defaults; ``batch`` of all processes."""
+    """``--steps``, else from ``--epochs``, else from the defaults; of one's own data said.
+
+    ``batch`` is that of all processes.
+    """
     default = TRAIN_DEFAULTS[args.model]
     known = dataset.images and min(dataset.images, args.max_samples or dataset.images)
-    images = default["images"]
+    total = default["images"]
     if args.epochs and (args.steps or not known):
         raise ValueError("--epochs needs a source whose size is known, and no --steps")
     if args.epochs:
-        images = args.epochs * known
+        total = args.epochs * known
     elif known and dataset.source != "glyphs":
-        images = max(_RUN, default["epochs"] * known)
-    return args.steps or max(1, images // batch)
+        total = max(_RUN, default["epochs"] * known)
+    steps = args.steps or max(1, total // batch)
+    if dataset.classes != COCO_CLASSES:
+        size = dataset.image_size
+        names = ", ".join(dataset.classes.names[1:])
+        told = f"{steps} steps of {batch}, {size} px"
+        print_once(f"{dataset.source}: {known or 'many'} images; {told}; classes {names}")
+    return steps
 
 
 def _draw_validation(model: FasterRCNN, checkpoint: Path, options: dict) -> None:
@@ -2969,12 +2978,12 @@ def _draw_validation(model: FasterRCNN, checkpoint: Path, options: dict) -> None
     try:
         dataset = COCOStreamDataset("val", _DRAWN, **options)
         folder.mkdir(exist_ok=True)
-        for number, row in enumerate(rows_of(dataset.rows.take(_DRAWN), dataset.source)):
+        for row in rows_of(dataset.rows.take(_DRAWN), dataset.source):
             picture, truth = read_row(dataset.rendered(row), dataset.bbox_format, model.num_classes)
             found = detect(model, picture, dataset.image_size)
             boxes = torch.from_numpy(truth["boxes"])
             figure = picture_with_detections(picture, found, 0.5, model.classes.names, boxes)
-            figure.savefig(folder / f"{number}.jpg")
+            figure.savefig(folder / f"{truth['image_id']}.jpg")
         print(f"{folder}: validation pictures, truth in white, detections above 0.5")
     except Exception as error:  # of whatever kind: the run is done and saved
         print(f"{folder}: validation pictures end here: {first_line(error)}")
@@ -3066,35 +3075,29 @@ _COMMANDS = {  # name: function, what it does
     "detect": (_detect_command, "draw detections on photographs"),
 }
 _COUNT, _FROM_0 = {"type": _at_least(1)}, {"type": _at_least(0), "default": 0}
-_SHARE, _FILE = {"type": float}, {"type": Path}
-_MUST = {"required": True}
+_SHARE, _FILE, _MUST = {"type": float}, {"type": Path}, {"required": True}
 _OPTIONS = (  # the commands that take it, its name, its help, and what else argparse should know
-    ("train", "--model", None, {"choices": sorted(MODELS)} | _MUST),
-    ("train", "--steps", "of the whole run (default: by model and images)", _COUNT),
+    ("train", "--model", "laptop: tiny; GPU: full, coco", {"choices": sorted(MODELS)} | _MUST),
+    ("train", "--steps", "of the whole run (tiny: 380, or 30 epochs of a folder)", _COUNT),
     ("train", "--epochs", "in place of --steps, where the number of images is known", _COUNT),
-    ("train", "--batch", "images a step and process (default: by model)", _COUNT),
-    ("train", "--image-size", "side of the square, coco: short side; pixels", _COUNT),
-    ("train", "--weights", "none, imagenet, coco, glyphs, or a checkpoint", {}),
+    ("train", "--batch", "images a step and process (tiny: 8)", _COUNT),
+    ("train", "--image-size", "pixels: side of the square (tiny: 128), coco: short side", _COUNT),
+    ("train", "--weights", "start: none, imagenet, coco, glyphs, or a checkpoint's file", {}),
     ("train", "--resume", "continue from --checkpoint", {"action": "store_true"}),
-    ("train", "--seed", None, _FROM_0),
+    ("train", "--seed", "of order and weights", _FROM_0),
     ("train", "--amp", "mixed precision", {"choices": AMP, "default": "off"}),
     ("train", "--save-every", "steps between checkpoints", _COUNT | {"default": 100}),
     ("train", "--workers", "processes that load", _FROM_0),
-    ("evaluate", "--split", None, {"choices": ("train", "val"), "default": "val"}),
+    ("evaluate", "--split", "part", {"choices": ("train", "val"), "default": "val"}),
     ("evaluate", "--annotations", "COCO's own instances_val2017.json", _FILE),
     ("detect", "images", "pictures, or folders of them", _FILE | {"nargs": "+"}),
     ("detect", "--out", "folder for pictures and detections.json", _FILE | _MUST),
-    (
-        "detect",
-        "--min-score",
-        "of what is drawn (0.5); the JSON keeps all from 0.05",
-        _SHARE | {"default": 0.5},
-    ),
-    ("train evaluate detect", "--checkpoint", "of train; or torchvision's", _FILE | _MUST),
-    ("train evaluate", "--source", "'glyphs', a folder, or a data set of the Hub", {}),
+    ("detect", "--min-score", "drawn from it (0.5); JSON: from 0.05", _SHARE | {"default": 0.5}),
+    ("train evaluate detect", "--checkpoint", "what train writes; or torchvision's", _FILE | _MUST),
+    ("train evaluate", "--source", "'glyphs', a folder (see the README), Hub's owner/name", {}),
     ("train evaluate", "--max-samples", "only the first so many images, in their order", _COUNT),
     ("train", "--val-share", "held out of one annotation file (0.2)", _SHARE | {"default": 0.2}),
-    ("evaluate", "--val-share", "the same (default: as in training)", _SHARE),
+    ("evaluate", "--val-share", "held out of one annotation file (as trained)", _SHARE),
 )
 
 

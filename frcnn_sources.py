@@ -104,6 +104,8 @@ def _image_folder_parts(folder: Path) -> dict[str, tuple[COCO, Path]]:
         encoded = datasets.Image(decode=False)
         rows = {name: list(rows.cast_column("image", encoded)) for name, rows in splits.items()}
         lines = list(itertools.chain(*rows.values()))
+        if any("objects" not in line for line in lines):
+            raise ValueError("no objects: it has to lie in the folder of the pictures themselves")
         for line in lines:
             columns = line["objects"] or {}  # null where nothing is to be seen
             # Both names are in use.
@@ -204,16 +206,18 @@ def _path_of(name: str, folder: Path, file: Path) -> str:
     return str(next(inside, paths[0]))
 
 
-def read_annotations(path: str | Path) -> COCO:
-    """COCO's annotation file, indexed by pycocotools; what is none is refused in one line."""
+def read_annotations(path: str | Path, fill: bool = False) -> COCO:
+    """COCO's annotation file, indexed by pycocotools; what is none is refused in one line.
+
+    ``fill`` adds what pycocotools asks for, to evaluate, and tools leave out.
+    """
     try:
         dataset = json.loads(Path(path).read_bytes())  # in any UTF, with a mark or without
         sound = isinstance(dataset, dict) and dataset.get("images") and dataset.get("categories")
         if not sound:
             raise ValueError("it holds no images or no categories")
         coco = indexed(dataset)
-        # Tools leave out what pycocotools asks for.
-        for annotation in dataset.get("annotations", []):
+        for annotation in dataset.get("annotations", []) if fill else []:
             _, _, width, height = _box(annotation)
             area = width * height
             annotation["area"] = annotation.get("area") or (area if 0 < area < math.inf else 0)

@@ -321,6 +321,32 @@ def test_boxes_of_coco_are_corner_and_size_even_where_both_would_fit(with_area, 
         assert target["boxes"].tolist() == [[3, 2, 31, 31]]
 
 
+@pytest.mark.parametrize("with_area", [True, False])
+def test_corners_that_a_tool_wrote_by_mistake_are_found_out(with_area, tmp_path, capsys):
+    def change(coco):
+        for annotation in coco["annotations"]:
+            annotation["bbox"] = [19, 18, 31, 30]  # as corner and size it would leave the picture
+            if with_area:
+                annotation["area"] = 12 * 12
+
+    dataset = own_stream(own(tmp_path, change))
+    assert "objects.bbox is xyxy" in capsys.readouterr().out
+    assert all(target["boxes"].tolist() == [[19, 18, 31, 30]] for _, target in dataset)
+
+
+def test_nothing_is_said_of_boxes_as_coco_writes_them(tmp_path, capsys):
+    own_stream(own(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_one_metadata_file_above_two_folders_of_pictures_says_where_it_belongs(tmp_path):
+    draw(tmp_path / "train", [1])
+    objects = {"bbox": [box_of(1)], "categories": [0]}
+    put(tmp_path / "metadata.jsonl", {"file_name": "train/1.png", "objects": objects})
+    with pytest.raises(ValueError, match="has to lie in the folder of the pictures"):
+        own_stream(tmp_path)
+
+
 def test_without_an_area_that_of_the_box_is_taken(tmp_path):
     def change(coco):
         coco["annotations"][0]["area"] = 77.5
@@ -967,7 +993,10 @@ def test_training_draws_six_validation_pictures(call, tmp_path):
     assert (code, err) == (0, [])
     assert f"{tmp_path}/own_val: validation pictures" in out
     drawn = sorted((tmp_path / "own_val").iterdir())
-    assert [path.name for path in drawn] == [f"{number}.jpg" for number in range(6)]
+    held_out = {target["image_id"] for _, target in own_stream(folder, val_share=0.2)}
+    assert len(drawn) == 6
+    assert {int(path.stem) for path in drawn} <= held_out
+    assert f"{folder}: 40 images; 1 steps of 2, 32 px; classes " in out
     for path in drawn:
         with PIL.Image.open(path) as image:
             image.load()
