@@ -786,7 +786,7 @@ def drive(folder: Path) -> list[dict]:
             f"attempt {attempt} left what cannot be resumed"
         )
         killed.append({"aimed": aimed} | json.loads(report.read_text()))
-        for file in path.parent.iterdir():
+        for file in path.parent.glob("*.*"):
             file.unlink()  # 33 MB each
     return killed
 
