@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-LONGEST := notebooks/05_training.ipynb# first: everything else fits beside it
+LONGEST := notebooks/05_training.ipynb notebooks/own_data.ipynb# first: all else fits beside them
 TESTS ?= not slow# make test TESTS="slow or not slow" runs all of them
 INSTALLED := .venv/installed
 NBCONVERT := $(PY) -m jupyter nbconvert --log-level ERROR --to notebook --inplace
