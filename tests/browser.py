@@ -149,7 +149,7 @@ def test_formulas_are_drawn_in_the_font_that_is_shipped(page, browser):
     if page in DECKS:
         browser.execute_script("Reveal.configure({fragments: false})")  # a slide is shown at once
         slides = browser.execute_script(SLIDES_WITH_FORMULAS)
-        assert slides
+        assert slides or page.name.startswith("own_data")  # whose one formula is not on a slide
         for slide in slides:
             browser.execute_script("Reveal.slide(arguments[0].h, arguments[0].v)", slide)
             assert_formulas_are_drawn(browser)

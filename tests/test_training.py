@@ -752,7 +752,7 @@ def resume(path: Path, whole: Path, report: Path) -> int:
     torn = len(unfinished(path.parent))
     code = frcnn.main([*RUN.split(), str(path), "--resume"])
     equal = same(torch.load(path, weights_only=True), torch.load(whole, weights_only=True))
-    left = sorted(file.name for file in path.parent.iterdir())
+    left = sorted(file.name for file in path.parent.glob("*.*"))
     report.write_text(
         json.dumps({"step": step, "torn": torn, "code": code, "equal": equal, "left": left})
     )
